@@ -1,0 +1,208 @@
+"""Attention of BigBird: the one place that the model calls, and the operator for those who want it elsewhere.
+
+*Which* tokens read which is the matter of `pattern`; *how* it is computed that of the engines: `eager`, the
+definition, and `sdpa`, which is linear in the length.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import eager, sdpa
+from .masks import additive_mask, padding_mask
+from .pattern import BlockPattern, Sparsity
+
+
+class SparseInput(NamedTuple):
+    """What all layers have to know of an input that is read sparsely.
+
+    sparsity: the settings of the pattern.
+    num_blocks: blocks of the input, padded to a multiple of the block size.
+    key_mask: `bool`, `[batch, padded length]`, False for padding; None where there is none.
+    """
+
+    sparsity: Sparsity
+    num_blocks: int
+    key_mask: Tensor | None
+
+
+def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
+    """Fills up a dimension with zeros to a multiple of `block_size`."""
+    missing = -tensor.shape[dim] % block_size
+    if not missing:
+        return tensor
+    return nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim % tensor.dim()) + [0, missing])
+
+
+def make_sparse_input(sparsity: Sparsity, mask: Tensor | None, batch: int, length: int, device) -> SparseInput:
+    """Of `[batch, length]` tokens of which `mask` (`bool`, or None for all) are real."""
+    num_blocks = -(-length // sparsity.block_size)
+    if mask is None and length % sparsity.block_size:
+        mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+    return SparseInput(sparsity, num_blocks, None if mask is None else pad_to_blocks(mask, sparsity.block_size, 1))
+
+
+def attend_sparsely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    key_mask: Tensor | None,
+    *,
+    scaling: float,
+    implementation: str,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Block-sparse attention by an engine of ours: `"eager"`, or `"sdpa"` for every other name.
+
+    Asking the linear engine for probabilities computes them besides: the context stays the same to the bit.
+
+    Returns:
+        The context, `[batch, heads, length, head_dim]`, and the probabilities, `[batch, heads, length, length]`, or
+        None unless `output_attentions`.
+    """
+    arguments = (query, key, value, pattern, key_mask)
+    if implementation == "eager":
+        context, probabilities = eager.block_sparse_attention(*arguments, scaling=scaling)
+        return context, probabilities if output_attentions else None
+    context = sdpa.block_sparse_attention(*arguments, scaling=scaling)
+    if not output_attentions:
+        return context, None
+    return context, eager.block_sparse_attention(*arguments, scaling=scaling)[1]
+
+
+def attend_fully(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    implementation: str,
+    dropout: float = 0.0,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Full attention, through the functions that transformers has under `implementation`.
+
+    Args:
+        module: the attention module; its `is_causal` tells whether a query without a mask reads earlier keys only.
+        query, key, value: `[batch, heads, length, head_dim]`; queries and keys can differ in length.
+        mask: what is added to the scores, broadcastable to `[batch, heads, queries, keys]`. `[batch, keys]` for the
+            flash attention of other packages, which take it so.
+
+    Returns:
+        As `attend_sparsely`.
+    """
+    if implementation == "eager":
+        context, probabilities = eager.dense_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
+        return context, probabilities if output_attentions else None
+    function = ALL_ATTENTION_FUNCTIONS[implementation]
+    context, _ = function(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+    probabilities = None
+    if output_attentions:
+        probabilities = _full_probabilities(module, query, key, value, mask, scaling)
+    return context.transpose(1, 2), probabilities
+
+
+def _full_probabilities(module, query, key, value, mask, scaling):
+    """The probabilities behind a context that a faster function has computed."""
+    if mask is not None and mask.dim() == 2:
+        mask = additive_mask(mask[:, None, None] != 0, torch.float32)
+    if module.is_causal and (mask is None or mask.shape[-2] == 1) and query.shape[2] > 1:
+        queries, keys = query.shape[2], key.shape[2]
+        earlier = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        causal = additive_mask(earlier, torch.float32)
+        mask = causal if mask is None else torch.minimum(mask, causal)
+    return eager.dense_attention(query, key, value, mask, scaling=scaling)[1]
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int = 64,
+    num_random_blocks: int = 3,
+    num_sliding_window_blocks: int = 3,
+    num_global_blocks: int = 2,
+    attention_mask: Tensor | None = None,
+    layer_idx: int = 0,
+    training: bool = False,
+    eval_random_blocks: bool = False,
+    max_position_embeddings: int = 4096,
+    scaling: float | None = None,
+    implementation: str | None = None,
+    output_attentions: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """BigBird's block-sparse self-attention (arXiv 2007.14062) for models of one's own.
+
+    The same function that the layers of `BigBirdModel` run. The length need not be a multiple of the block size. Up to
+    `(num_global_blocks + num_sliding_window_blocks + 2 num_random_blocks) block_size` tokens, every token reads every
+    other.
+
+    Args:
+        query, key, value: `[batch, heads, length, head_dim]`, of one floating point dtype.
+        block_size: tokens in a block.
+        num_random_blocks: random blocks that each block reads.
+        num_sliding_window_blocks: width of the window in blocks, an odd number.
+        num_global_blocks: blocks that read everything and are read by all, half of them at either end.
+        attention_mask: `[batch, length]`, 0 (or False) where a token is padding.
+        layer_idx: seed of the random blocks.
+        training: whether to read random blocks; in evaluation block 0 is read in their place.
+        eval_random_blocks: read the random blocks in evaluation, too.
+        max_position_embeddings: length, in tokens, for which random blocks are drawn (see `random_blocks`).
+        scaling: what scores are multiplied by, `head_dim ** -0.5` by default.
+        implementation: `"sdpa"` (the default; linear in the length) or `"eager"` (the definition; quadratic).
+        output_attentions: whether to return the probabilities, too. They take memory quadratic in the length.
+
+    Returns:
+        The context, `[batch, heads, length, head_dim]`, zero for padding where attention is sparse. With
+        `output_attentions` a pair of it and the probabilities, `[batch, heads, length, length]`.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if query.dim() != 4 or query.shape != key.shape or query.shape != value.shape:
+        raise ValueError(
+            "query, key and value must have one shape, [batch, heads, length, head_dim], but have "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
+        )
+    if implementation not in (None, "sdpa", "eager"):
+        raise ValueError(f"implementation must be 'sdpa', 'eager' or None, but is {implementation!r}.")
+    batch, heads, length, head_dim = query.shape
+    sparsity = Sparsity(
+        num_attention_heads=heads,
+        block_size=block_size,
+        num_random_blocks=num_random_blocks,
+        num_sliding_window_blocks=num_sliding_window_blocks,
+        num_global_blocks=num_global_blocks,
+        eval_random_blocks=eval_random_blocks,
+        max_position_embeddings=max_position_embeddings,
+    )
+    mask = padding_mask(attention_mask, batch, length)
+    how = {
+        "scaling": head_dim**-0.5 if scaling is None else scaling,
+        "implementation": implementation or "sdpa",
+        "output_attentions": output_attentions,
+    }
+    if length <= sparsity.full_attention_length:
+        bias = None if mask is None else additive_mask(mask[:, None, None], query.dtype)
+        context, probabilities = attend_fully(_NotCausal(), query, key, value, bias, **how)
+    else:
+        blocks = make_sparse_input(sparsity, mask, batch, length, query.device)
+        padded = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
+        pattern = sparsity.pattern(blocks.num_blocks, layer_idx=layer_idx, training=training)
+        context, probabilities = attend_sparsely(*padded, pattern, blocks.key_mask, **how)
+        context = context[:, :, :length]
+        probabilities = None if probabilities is None else probabilities[:, :, :length, :length]
+    return (context, probabilities) if output_attentions else context
+
+
+class _NotCausal(nn.Module):
+    """What transformers' attention functions ask of a module."""
+
+    is_causal = False
+    training = False

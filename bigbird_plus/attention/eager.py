@@ -1,0 +1,70 @@
+"""The definition of BigBird's attention: every score is computed, and the probabilities are at hand.
+
+Quadratic in the length. All faster engines are tested against this one.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .pattern import BlockPattern
+
+
+def score_dtype(tensor: Tensor) -> torch.dtype:
+    """Scores are kept in float32 at least: adding a mask's large negative number to a float16 score overflows."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`softmax(query key^T scaling + bias) value`.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, heads, keys, head_dim]`.
+        bias: what is added to the scores, broadcastable to `[batch, heads, queries, keys]`.
+        scaling: what the scores are multiplied by.
+        dropout: share of the probabilities that is dropped.
+
+    Returns:
+        The context, `[batch, heads, queries, head_dim]`, and the probabilities, `[batch, heads, queries, keys]`.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(score_dtype(query)) * scaling
+    if bias is not None:
+        scores = scores + bias
+    probabilities = scores.softmax(dim=-1).to(value.dtype)
+    if dropout:
+        probabilities = nn.functional.dropout(probabilities, dropout)
+    return torch.matmul(probabilities, value), probabilities
+
+
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, key_mask: Tensor | None, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention in which block i reads block j `pattern.counts[:, i, j]` times.
+
+    Args:
+        query, key, value: `[batch, heads, length, head_dim]`, the length a multiple of `pattern.num_blocks`.
+        pattern: who reads whom.
+        key_mask: `bool`, `[batch, length]`, False where a token is padding. Padding is not read, and what it reads is
+            zero: context and probabilities.
+        scaling: what the scores are multiplied by.
+
+    Returns:
+        The context, `[batch, heads, length, head_dim]`, and the probabilities, `[batch, heads, length, length]`.
+    """
+    block_size = query.shape[2] // pattern.num_blocks
+    bias = _expand(pattern, block_size, query)
+    if key_mask is not None:
+        bias = bias.masked_fill(~key_mask[:, None, None], torch.finfo(bias.dtype).min)
+    context, probabilities = dense_attention(query, key, value, bias, scaling=scaling)
+    if key_mask is not None:
+        context, probabilities = (t.masked_fill(~key_mask[:, None, :, None], 0) for t in (context, probabilities))
+    return context, probabilities
+
+
+def _expand(pattern: BlockPattern, block_size: int, like: Tensor) -> Tensor:
+    """The logarithm of the counts, token by token: `[1, heads or 1, length, length]`."""
+    dtype = score_dtype(like)
+    log_counts = torch.from_numpy(pattern.counts).to(like.device, dtype).log().clamp(min=torch.finfo(dtype).min)
+    return log_counts.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[None]

@@ -1,0 +1,185 @@
+"""Masks of full attention, from what users pass to what attention functions add to their scores."""
+
+import torch
+from torch import Tensor
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether Python may look at a tensor's values: not while a graph is traced, and not where it would wait for a
+    device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """A user's `[batch, length]` mask as `bool` (True: a real token), or None where nothing is known to be padding.
+
+    Raises:
+        ValueError: if the mask has another shape.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask must have the shape [batch, length] = [{batch}, {length}], but has "
+            f"{list(attention_mask.shape)}."
+        )
+    mask = attention_mask != 0
+    return None if may_read_values(mask) and mask.all() else mask
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where `mask` is True, the least finite number elsewhere, so that a row with nothing
+    to read stays finite."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of queries and keys made of these states: another one under autocast."""
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+
+
+def full_attention_mask(
+    attention_mask: Tensor | None,
+    *,
+    batch: int,
+    query_positions: Tensor,
+    past: int | Tensor,
+    keys: int,
+    is_causal: bool,
+    dtype: torch.dtype,
+    implementation: str,
+) -> Tensor | None:
+    """What full self-attention adds to its scores, or None where the attention function needs no telling.
+
+    Args:
+        attention_mask: the user's, see `expand_mask`.
+        batch: sequences.
+        query_positions: `int64`, `[queries]`: places of the queries among the keys.
+        past: number of tokens that a cache already holds.
+        keys: number of keys, free places of a static cache included.
+        is_causal: whether later keys are hidden. A 4-D mask is taken to say so itself.
+        dtype: the queries'.
+        implementation: name of the attention function.
+
+    Raises:
+        ValueError: if the mask does not fit.
+    """
+    queries = len(query_positions)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        _check_covers_keys(attention_mask, batch, past, queries, is_causal)
+        attention_mask = attention_mask != 0
+        if may_read_values(attention_mask) and attention_mask.all():
+            attention_mask = None
+    if _passes_masks_unexpanded(implementation):
+        return _unexpanded(attention_mask, keys)
+    if attention_mask is None:
+        from_start = isinstance(past, int) and past == 0 and keys == queries and implementation != "eager"
+        last_only = isinstance(past, int) and queries == 1 and keys == past + 1
+        if not is_causal or from_start or last_only:
+            return None
+        return additive_mask(causal_mask(query_positions, keys), dtype)[None, None]
+    expanded = expand_mask(attention_mask, batch, queries, keys)
+    if expanded.is_floating_point():
+        return expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
+    if is_causal and attention_mask.dim() < 4:
+        expanded = expanded & causal_mask(query_positions, keys)
+    return additive_mask(expanded, dtype)
+
+
+def cross_attention_mask(
+    attention_mask: Tensor | None, *, batch: int, queries: int, keys: int, dtype: torch.dtype, implementation: str
+) -> Tensor | None:
+    """What attention to an encoder's states adds to its scores, or None; arguments as in `full_attention_mask`."""
+    name = "encoder_attention_mask"
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] != keys:
+        raise ValueError(f"{name} is for {attention_mask.shape[-1]} tokens, but encoder_hidden_states has {keys}.")
+    if may_read_values(attention_mask) and attention_mask.dim() == 2 and (attention_mask != 0).all():
+        return None
+    if _passes_masks_unexpanded(implementation):
+        return _unexpanded(attention_mask, keys)
+    expanded = expand_mask(attention_mask, batch, queries, keys, name)
+    return expanded if expanded.is_floating_point() else additive_mask(expanded, dtype)
+
+
+def _passes_masks_unexpanded(implementation: str) -> bool:
+    """Whether the attention function is one of the flash attention packages, which take `[batch, keys]`."""
+    return implementation.startswith("flash_attention")
+
+
+def _unexpanded(attention_mask, keys):
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has the shape {list(attention_mask.shape)}, but flash attention takes [batch, keys] only. "
+            "For other masks choose attn_implementation='sdpa'."
+        )
+    return _fit_keys(attention_mask != 0, keys)
+
+
+def _check_covers_keys(attention_mask, batch, past, queries, is_causal):
+    """A mask says of every token that there is so far whether it is real; a decoder's may go on for those to come."""
+    masked_batch, length = attention_mask.shape
+    if not isinstance(past, int) or (
+        masked_batch == batch and (length == past + queries or (is_causal and length > past + queries))
+    ):
+        return
+    raise ValueError(
+        f"attention_mask must have the shape [batch, length] = [{batch}, {past + queries}]"
+        + (f" ({past} tokens are in the cache)" if past else "")
+        + f", but has {list(attention_mask.shape)}."
+    )
+
+
+def causal_mask(query_positions: Tensor, key_length: int) -> Tensor:
+    """`bool`, `[queries, keys]`: whether a query at a position of the sequence may read a key."""
+    keys = torch.arange(key_length, device=query_positions.device)
+    return keys <= query_positions[:, None]
+
+
+def same_document_mask(position_ids: Tensor) -> Tensor | None:
+    """`bool`, `[batch, length, length]`: whether two tokens belong together where several documents are packed into
+    one row. A new document starts wherever the positions do not go on by one. None if none is known to."""
+    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    if may_read_values(starts) and not starts.any():
+        return None
+    document = starts.cumsum(-1)
+    return document[:, :, None] == document[:, None]
+
+
+def expand_mask(attention_mask: Tensor, batch: int, queries: int, keys: int, name: str = "attention_mask") -> Tensor:
+    """A user's 2-D, 3-D or 4-D mask as one that is broadcastable to `[batch, heads, queries, keys]`.
+
+    Masks of `[batch, keys]` and `[batch, queries, keys]` hold 1 (or True) for what is read. One of `[batch, 1 or heads,
+    queries, keys]` does so, too, if it holds booleans or integers; floating point numbers in it are added to the
+    scores as they are. Keys beyond the mask (free places of a static cache) are not read.
+
+    Raises:
+        ValueError: if the mask has a shape that fits neither.
+    """
+    shape = {2: (batch,), 3: (batch, queries), 4: (batch, attention_mask.shape[1], queries)}.get(attention_mask.dim())
+    if shape is None or any(
+        size not in (1, wanted) for size, wanted in zip(attention_mask.shape, shape, strict=False)
+    ):
+        raise ValueError(
+            f"{name} must have the shape [batch, keys], [batch, queries, keys] or [batch, 1 or heads, queries, keys] "
+            f"with batch {batch}, queries {queries} and keys {keys}, but has {list(attention_mask.shape)}."
+        )
+    expanded = attention_mask
+    if attention_mask.dim() < 4:
+        expanded = (attention_mask != 0)[(slice(None), *[None] * (4 - attention_mask.dim()))]
+    elif not attention_mask.is_floating_point():
+        expanded = attention_mask != 0
+    return _fit_keys(expanded, keys)
+
+
+def _fit_keys(mask: Tensor, keys: int) -> Tensor:
+    """Cuts a mask to the number of keys, or fills it up with what is not read."""
+    missing = keys - mask.shape[-1]
+    if missing <= 0:
+        return mask[..., :keys]
+    nothing = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+    return torch.nn.functional.pad(mask, (0, missing), value=nothing)

@@ -1,0 +1,182 @@
+"""Which block reads which: the one definition of BigBird's sparse pattern (arXiv 2007.14062, section 2)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from numbers import Integral
+
+import numpy as np
+
+from .random_blocks import NO_BLOCK, draw_random_blocks, draw_uniform_blocks
+
+
+def check_whole_number(name: str, value, least: int) -> None:
+    """Raises a `ValueError` that names the field unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The settings of a sparse pattern; together with a length, a layer and the mode they make a `BlockPattern`.
+
+    The fields have the names and meanings of `BigBirdConfig`'s. A value that makes no pattern raises a `ValueError`
+    that names the field.
+    """
+
+    num_attention_heads: int
+    block_size: int = 64
+    num_random_blocks: int = 3
+    num_sliding_window_blocks: int = 3
+    num_global_blocks: int = 2
+    eval_random_blocks: bool = False
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self):
+        for name in ("num_attention_heads", "block_size", "num_sliding_window_blocks"):
+            check_whole_number(name, getattr(self, name), 1)
+        for name in ("num_random_blocks", "num_global_blocks"):
+            check_whole_number(name, getattr(self, name), 0)
+        if self.num_sliding_window_blocks % 2 == 0:
+            raise ValueError(
+                "num_sliding_window_blocks must be odd (as many blocks before a block as behind it), "
+                f"but is {self.num_sliding_window_blocks}."
+            )
+
+    @classmethod
+    def from_config(cls, config) -> "Sparsity":
+        """The settings that a `BigBirdConfig` names."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+
+    @property
+    def full_attention_length(self) -> int:
+        """The longest input, in tokens, that is read in full: blocks of all kinds and as many random ones again."""
+        blocks = self.num_global_blocks + self.num_sliding_window_blocks + 2 * self.num_random_blocks
+        return blocks * self.block_size
+
+    @property
+    def is_original_shape(self) -> bool:
+        """Whether this is the shape of the published models: a window of three blocks, a global one at either end."""
+        return self.num_sliding_window_blocks == 3 and self.num_global_blocks == 2
+
+    def pattern(self, num_blocks: int, *, layer_idx: int = 0, training: bool = False) -> "BlockPattern":
+        """The pattern of one layer for an input of `num_blocks` blocks. Made once, then taken from a bounded cache."""
+        random = self.num_random_blocks > 0 and (training or self.eval_random_blocks or not self.is_original_shape)
+        return _make_pattern(self, num_blocks, layer_idx if random else None)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern:
+    """How many times each block of an input reads each other block. A key that is read c times stands c times in the
+    softmax: its scores get `+ log(c)`.
+
+    A global block reads every block once. Any other block reads, once each, the global blocks and the blocks of its
+    window, then its random blocks (once more where they are among those already read), and block 0 `first_block_extra`
+    more times.
+
+    Attributes:
+        num_blocks: blocks of the input.
+        num_leading, num_trailing: global blocks at its beginning and at its end.
+        half_window: blocks of the window on either side of a block.
+        first_block_extra: additional readings of block 0, see `BigBirdConfig.eval_random_blocks`.
+        random_blocks: `int64` array `[heads, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`.
+    """
+
+    num_blocks: int
+    num_leading: int
+    num_trailing: int
+    half_window: int
+    first_block_extra: int = 0
+    random_blocks: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def global_blocks(self) -> list[int]:
+        """Blocks that read everything and are read by all."""
+        return [*range(self.num_leading), *range(self.last_row, self.num_blocks)]
+
+    @property
+    def first_row(self) -> int:
+        """The first block that is not global."""
+        return self.num_leading
+
+    @property
+    def last_row(self) -> int:
+        """One past the last block that is not global."""
+        return self.num_blocks - self.num_trailing
+
+    @property
+    def inner_rows(self) -> range:
+        """The blocks whose whole window lies between the global blocks."""
+        return range(self.first_row + self.half_window, max(self.last_row, self.first_row) - self.half_window)
+
+    def for_heads(self, heads) -> "BlockPattern":
+        """The pattern of some of the heads: what is left after others were pruned."""
+        if self.random_blocks is None:
+            return self
+        return BlockPattern(
+            self.num_blocks,
+            self.num_leading,
+            self.num_trailing,
+            self.half_window,
+            self.first_block_extra,
+            self.random_blocks[list(heads)],
+        )
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """`int64` array `[heads or 1, num_blocks, num_blocks]`: how many times block i reads block j."""
+        heads = 1 if self.random_blocks is None else len(self.random_blocks)
+        counts = np.zeros((heads, self.num_blocks, self.num_blocks), dtype=np.int64)
+        block = np.arange(self.num_blocks)
+        counts[:, abs(block[:, None] - block) <= self.half_window] = 1
+        counts[:, :, self.global_blocks] = 1
+        counts[:, :, 0] += self.first_block_extra
+        if self.random_blocks is not None:
+            head, row, slot = np.nonzero(self.random_blocks != NO_BLOCK)
+            np.add.at(counts, (head, row, self.random_blocks[head, row, slot]), 1)
+        counts[:, self.global_blocks] = 1
+        return counts
+
+    def structured_lists(self, rows) -> np.ndarray:
+        """The global blocks and the window of each of `rows`, none of which is global, every block once.
+
+        Returns:
+            `int64` array `[rows, global + window]`, with `NO_BLOCK` where the window leaves the input or meets a
+            global block. The first column is block 0 wherever `first_block_extra` is not 0.
+        """
+        rows = np.asarray(rows)
+        window = rows[:, None] + np.arange(-self.half_window, self.half_window + 1)
+        window[(window < self.first_row) | (window >= self.last_row)] = NO_BLOCK
+        globals_ = np.broadcast_to(np.array(self.global_blocks, dtype=np.int64), (len(rows), len(self.global_blocks)))
+        return np.concatenate((globals_, window), axis=1)
+
+
+@lru_cache(maxsize=256)
+def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) -> BlockPattern:
+    """`layer_idx` is None for patterns without random blocks, which are the same in every layer."""
+    num_leading = (sparsity.num_global_blocks + 1) // 2
+    shape = (
+        num_blocks,
+        num_leading,
+        sparsity.num_global_blocks - num_leading,
+        sparsity.num_sliding_window_blocks // 2,
+    )
+    if layer_idx is None:
+        extra = sparsity.num_random_blocks if sparsity.is_original_shape else 0
+        return BlockPattern(*shape, first_block_extra=extra)
+    if sparsity.is_original_shape:
+        plan = draw_random_blocks(
+            num_heads=sparsity.num_attention_heads,
+            num_blocks=num_blocks,
+            block_size=sparsity.block_size,
+            num_random_blocks=sparsity.num_random_blocks,
+            max_position_embeddings=sparsity.max_position_embeddings,
+            layer_idx=layer_idx,
+        )
+    else:
+        plan = draw_uniform_blocks(
+            num_heads=sparsity.num_attention_heads,
+            num_random_blocks=sparsity.num_random_blocks,
+            layer_idx=layer_idx,
+            eligible=BlockPattern(*shape).counts[0] == 0,
+        )
+    return BlockPattern(*shape, random_blocks=plan)

@@ -1,0 +1,104 @@
+"""The random blocks of BigBird, drawn from private seeded generators: the same arguments give the same blocks.
+
+The draws, and their order, are those of the published implementations, so that training sees the blocks it would see
+there. Nothing here touches NumPy's global generator.
+"""
+
+import numpy as np
+
+PAPER_PLAN_LENGTHS = (1024, 3072, 4096)
+PAPER_PLAN_REACH = 1024
+"""The paper draws random blocks from the first 1,024 tokens only."""
+
+NO_BLOCK = -1
+
+
+def draw_random_blocks(
+    *, num_heads, num_blocks, block_size, num_random_blocks, max_position_embeddings, layer_idx
+) -> np.ndarray:
+    """The random blocks of BigBird's own shape (a window of three blocks, a global block at either end).
+
+    Lengths of 1,024, 3,072 and 4,096 tokens use the plan of the paper, others the two-stage plan that came later.
+
+    Returns:
+        `int64` array `[num_heads, num_blocks, num_random_blocks]`: the blocks that each block reads at random, filled
+        up with `NO_BLOCK` where there are fewer candidates. The rows of the first and the last block, which read
+        everything anyway, hold `NO_BLOCK` only.
+    """
+    generator = np.random.RandomState(layer_idx)
+    plan = np.full((num_heads, num_blocks, num_random_blocks), NO_BLOCK, dtype=np.int64)
+    if num_random_blocks == 0:
+        return plan
+    if num_blocks * block_size in PAPER_PLAN_LENGTHS:
+        _draw_paper_plan(plan, generator, block_size, max_position_embeddings)
+    else:
+        _draw_two_stage_plan(plan, generator)
+    return plan
+
+
+def draw_uniform_blocks(*, num_heads, num_random_blocks, layer_idx, eligible) -> np.ndarray:
+    """Random blocks of any other shape: for each row, `num_random_blocks` distinct ones of those eligible.
+
+    Args:
+        eligible: `bool` array `[num_blocks, num_blocks]`: whether row i may draw block j.
+
+    Returns:
+        `int64` array `[num_heads, num_blocks, num_random_blocks]`, filled up with `NO_BLOCK`.
+    """
+    generator = np.random.RandomState(layer_idx)
+    plan = np.full((num_heads, len(eligible), num_random_blocks), NO_BLOCK, dtype=np.int64)
+    for row, may_draw in enumerate(eligible):
+        candidates = np.flatnonzero(may_draw)
+        for head in range(num_heads):
+            _fill(plan[head, row], generator.permutation(candidates))
+    return plan
+
+
+def _draw_paper_plan(plan, generator, block_size, max_position_embeddings):
+    """Heads outer, rows inner. Drawn for the longest input the model takes, so every length cuts the same plan."""
+    num_blocks = plan.shape[1]
+    plan_blocks = max(max_position_embeddings // block_size, num_blocks)
+    last = plan_blocks - 1
+    if 2 * block_size < PAPER_PLAN_REACH:
+        last = PAPER_PLAN_REACH // block_size - 1
+    for head_plan in plan:
+        for row in range(1, plan_blocks - 1):
+            drawn = generator.permutation(_paper_candidates(row, plan_blocks, last))
+            if row < num_blocks - 1:
+                _fill(head_plan[row], drawn[: plan.shape[2]], num_blocks)
+
+
+def _paper_candidates(row, plan_blocks, last):
+    """The blocks that row `row` may draw. Some of them can be in the row's window: those are then read twice."""
+    inner = np.arange(1, plan_blocks - 1)
+    if row in (1, 2):
+        return inner[row + 1 : last]
+    if row >= plan_blocks - 3 or row - 2 > last:
+        return inner[:last]
+    if row + 1 == last:
+        return inner[: row - 2]
+    return np.concatenate((inner[: row - 2], inner[row + 1 : last]))
+
+
+def _draw_two_stage_plan(plan, generator):
+    """Rows outer, heads inner, one permutation each. The last row is drawn as well, and not used."""
+    num_heads, num_blocks, num_random_blocks = plan.shape
+    reach = 2 * num_random_blocks + 5
+    for row in range(1, num_blocks):
+        excluded = {0, reach - 1, row - 1, row, row + 1}
+        if row == 1:
+            excluded.add(reach - 2)
+        if row == reach - 2:
+            excluded.add(1)
+        for head in range(num_heads):
+            drawn = generator.permutation(np.arange(reach))
+            if row < num_blocks - 1:
+                _fill(plan[head, row], drawn[[block not in excluded for block in drawn]])
+
+
+def _fill(slots, blocks, num_blocks=None):
+    """Writes as many of `blocks` into `slots` as there are and fit, leaving out those beyond the input."""
+    if num_blocks is not None:
+        blocks = blocks[blocks < num_blocks]
+    blocks = blocks[: len(slots)]
+    slots[: len(blocks)] = blocks

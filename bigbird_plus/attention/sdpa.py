@@ -1,0 +1,333 @@
+"""The default engine: time and memory linear in the length, on any device, with gradients.
+
+Global blocks read everything: a dense attention with few rows. For the others there are two ways.
+
+* On a CPU, where torch's flash attention tells the log-sum-exp of its scores, the keys of a row are read in parts, and
+  the parts are merged: with outputs `o_p` and log-sum-exps `l_p`, `L = logsumexp(l_1, ..., l_p)` and
+  `o = sum(o_p exp(l_p - L))`. The window is a strided view of the keys, nothing is copied for it. The gradient of each
+  part is that of flash attention itself, given the merged `o` and `L` (as in ring attention, arXiv 2310.01889): the
+  probabilities it recomputes from `L` are those of the whole softmax. Masks hold the least finite number, never -inf:
+  for a row of nothing but -inf that flash attention returns a log-sum-exp of 0, which cannot be merged.
+* Elsewhere the blocks that each row reads are gathered, and given to `scaled_dot_product_attention`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .masks import additive_mask
+from .pattern import BlockPattern
+from .random_blocks import NO_BLOCK
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, key_mask: Tensor | None, *, scaling: float
+) -> Tensor:
+    """The context of `eager.block_sparse_attention`, `[batch, heads, length, head_dim]`, from the same arguments."""
+    bias = None if key_mask is None else additive_mask(key_mask, query.dtype)
+    blocked = [_split_into_blocks(tensor, pattern.num_blocks) for tensor in (query, key, value)]
+    if query.device.type == "cpu":
+        context = _MergedFlashAttention.apply(*blocked, bias, pattern, scaling)
+    else:
+        context = _gathered_attention(*blocked, bias, pattern, scaling)
+    context = context.flatten(1, 2)
+    if key_mask is not None:
+        context = context * key_mask[:, :, None, None]
+    return context.transpose(1, 2)
+
+
+def _split_into_blocks(tensor: Tensor, num_blocks: int) -> Tensor:
+    """`[batch, heads, length, dim]` as `[batch, blocks, block, heads, dim]`, the layout in which projections come, so
+    that blocks, runs of blocks and windows of blocks are views."""
+    return tensor.transpose(1, 2).unflatten(1, (num_blocks, -1))
+
+
+def _as_sequence(blocks: Tensor) -> Tensor:
+    """`[batch, blocks, block, heads, dim]` as `[batch, heads, length, dim]`, without a copy."""
+    return blocks.flatten(1, 2).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gathered blocks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Lists(NamedTuple):
+    """The blocks that some rows read, as indices into the blocks of a document.
+
+    blocks: `int64` tensor `[rows, heads or 1, blocks]`.
+    bias: `[rows, heads or 1, blocks]`: the logarithm of how many times a block is read, the least finite number where
+        the place is empty; `None` where it would be zero throughout.
+    """
+
+    blocks: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, pattern: BlockPattern, rows: range, like: Tensor, *, structured: bool) -> "_Lists":
+        """The random blocks of `rows`, and with `structured` their global blocks and window, too."""
+        lists = torch.from_numpy(pattern.structured_lists(rows))[:, None] if structured else None
+        if pattern.random_blocks is not None:
+            random = torch.from_numpy(pattern.random_blocks[:, rows.start : rows.stop]).transpose(0, 1)
+            lists = random if lists is None else torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=-1)
+        empty = lists == NO_BLOCK
+        bias = torch.zeros(lists.shape, dtype=like.dtype).masked_fill_(empty, torch.finfo(like.dtype).min)
+        if structured and pattern.first_block_extra:
+            bias[..., 0] = math.log1p(pattern.first_block_extra)
+        blocks = lists.masked_fill(empty, 0).to(like.device)
+        return cls(blocks, bias.to(like.device) if bias.any() else None)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """From `[batch, blocks, block, heads, dim]` the listed blocks of each row, `[batch, rows, heads, keys, dim]`."""
+        rows, heads, _ = self.blocks.shape
+        if heads == 1:
+            return tensor[:, self.blocks[:, 0]].flatten(2, 3).transpose(2, 3)
+        head = torch.arange(heads, device=tensor.device)[None, :, None]
+        return tensor.transpose(2, 3)[:, self.blocks, head].flatten(3, 4)
+
+    def scatter_add(self, grad: Tensor, target: Tensor) -> None:
+        """The transpose of `gather`: adds `[batch, rows, heads, keys, dim]` to the blocks of `target` it came from."""
+        batch, num_blocks, block, heads, dim = target.shape
+        if self.blocks.shape[1] == 1:
+            target.index_add_(1, self.blocks.flatten(), grad.transpose(2, 3).reshape(batch, -1, block, heads, dim))
+            return
+        total = target.new_zeros(batch, num_blocks * heads, block, dim)
+        head = torch.arange(heads, device=target.device)[None, :, None]
+        total.index_add_(1, (self.blocks * heads + head).flatten(), grad.reshape(batch, -1, block, dim))
+        target += total.view(batch, num_blocks, heads, block, dim).transpose(2, 3)
+
+    def key_bias(self, mask_bias: Tensor | None, block_size: int) -> Tensor | None:
+        """What is added to the scores of the gathered keys, broadcastable to `[batch, rows, heads, queries, keys]`."""
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.repeat_interleave(block_size, dim=-1)[None, :, :, None]
+        if mask_bias is not None:
+            masked = mask_bias.unflatten(1, (-1, block_size))[:, self.blocks].flatten(3, 4)[:, :, :, None]
+            bias = masked if bias is None else (bias + masked).clamp(min=torch.finfo(bias.dtype).min)
+        return bias
+
+
+def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
+    """Block-sparse attention on `[batch, blocks, block, heads, dim]` with plain `scaled_dot_product_attention`."""
+    batch, _, block_size, _, _ = query.shape
+    rows = range(pattern.first_row, pattern.last_row)
+    lists = _Lists.of(pattern, rows, query, structured=True)
+    keys, values = (lists.gather(tensor).flatten(0, 1) for tensor in (key, value))
+    key_bias = lists.key_bias(bias, block_size)
+    if key_bias is not None:
+        key_bias = key_bias.expand(batch, -1, -1, block_size, -1).flatten(0, 1)
+    row_query = query[:, rows.start : rows.stop].flatten(0, 1).transpose(1, 2)
+    attend = nn.functional.scaled_dot_product_attention
+    inner = attend(row_query, keys, values, key_bias, scale=scaling).transpose(1, 2).unflatten(0, (batch, -1))
+    if not pattern.global_blocks:
+        return inner
+    global_query = _as_sequence(query[:, pattern.global_blocks])
+    global_bias = None if bias is None else bias[:, None, None]
+    outer = attend(global_query, _as_sequence(key), _as_sequence(value), global_bias, scale=scaling)
+    outer = outer.transpose(1, 2).unflatten(1, (-1, block_size))
+    return torch.cat((outer[:, : rows.start], inner, outer[:, rows.start :]), dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Merged parts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _DensePart:
+    """Some rows that all read the same blocks. `blocks` is None for all blocks of the document."""
+
+    def __init__(self, rows, blocks=None, log_counts=None):
+        self.rows, self.blocks, self.log_counts = rows, slice(None) if blocks is None else blocks, log_counts
+
+    def queries(self, tensor):
+        """`[batch, blocks, block, heads, dim]` -> `[n, heads, queries, dim]`: what each of n attentions asks."""
+        return _as_sequence(tensor[:, self.rows])
+
+    def keys(self, tensor):
+        """`[batch, blocks, block, heads, dim]` -> `[n, heads, keys, dim]`: what each of n attentions reads."""
+        return _as_sequence(tensor[:, self.blocks])
+
+    def key_bias(self, mask_bias, block_size):
+        """What is added to the scores, broadcastable to `[n, heads, queries, keys]`, or None."""
+        bias = None
+        if self.log_counts is not None:
+            bias = self.log_counts.repeat_interleave(block_size)[None, None, None]
+        if mask_bias is not None:
+            masked = mask_bias.unflatten(1, (-1, block_size))[:, self.blocks].flatten(1)[:, None, None]
+            bias = masked if bias is None else masked + bias
+        return bias
+
+    def log_sum_exps(self, tensor):
+        """`queries` of the merged log-sum-exps `[batch, blocks, block, heads]`, to give to the backward."""
+        return self.queries(tensor.unsqueeze(-1)).squeeze(-1)
+
+    def to_rows(self, output, batch, block_size):
+        """The transpose of `queries`: `[n, heads, queries, dim]` -> `[batch, rows, block, heads, dim]`."""
+        return output.transpose(1, 2).unflatten(1, (-1, block_size))
+
+    def add_to_blocks(self, grad, target):
+        """The transpose of `keys`: adds `[n, heads, keys, dim]` to where it came from."""
+        target[:, self.blocks] += grad.transpose(1, 2).unflatten(1, (-1, target.shape[2]))
+
+
+class _GatheredPart(_DensePart):
+    """Rows that read a list of blocks each: n is batch times rows."""
+
+    def __init__(self, rows, lists, batch):
+        super().__init__(slice(rows.start, rows.stop))
+        self.lists, self.batch = lists, batch
+
+    def queries(self, tensor):
+        return tensor[:, self.rows].flatten(0, 1).transpose(1, 2)
+
+    def keys(self, tensor):
+        return self.lists.gather(tensor).flatten(0, 1)
+
+    def key_bias(self, mask_bias, block_size):
+        bias = self.lists.key_bias(mask_bias, block_size)
+        return None if bias is None else bias.expand(self.batch, -1, -1, -1, -1).flatten(0, 1)
+
+    def to_rows(self, output, batch, block_size):
+        return output.transpose(1, 2).unflatten(0, (batch, -1))
+
+    def add_to_blocks(self, grad, target):
+        self.lists.scatter_add(grad.unflatten(0, (target.shape[0], -1)), target)
+
+
+class _WindowPart(_DensePart):
+    """Rows that read the blocks around them. All documents stand in one row of tokens, of which the windows are one
+    strided view; n is the number of windows. Those across the border of two documents belong to rows that do not take
+    part: what they give is left out."""
+
+    def __init__(self, rows, pattern, batch):
+        super().__init__(slice(rows.start, rows.stop))
+        self.row_count, self.num_blocks, self.half_window = len(rows), pattern.num_blocks, pattern.half_window
+        self.first, self.last = rows.start, (batch - 1) * pattern.num_blocks + rows.stop
+
+    def queries(self, tensor):
+        return tensor.flatten(0, 1)[self.first : self.last].transpose(1, 2)
+
+    def keys(self, tensor):
+        return self._windows(tensor.flatten(0, 2), tensor.shape[2]).transpose(-1, -2)
+
+    def key_bias(self, mask_bias, block_size):
+        return None if mask_bias is None else self._windows(mask_bias.flatten(), block_size)[:, None, None]
+
+    def log_sum_exps(self, tensor):
+        rows = tensor.flatten(0, 1)[self.first : self.last]
+        if tensor.shape[0] > 1:  # windows across a border: a huge log-sum-exp makes their probabilities zero
+            index = torch.arange(self.first, self.last, device=tensor.device) % self.num_blocks
+            across = (index < self.rows.start) | (index >= self.rows.stop)
+            rows = rows.masked_fill(across[:, None, None], torch.finfo(rows.dtype).max)
+        return rows.transpose(1, 2)
+
+    def to_rows(self, output, batch, block_size):
+        output = output.transpose(1, 2)
+        shape = (batch, self.row_count, *output.shape[1:])
+        return output.as_strided(shape, (self.num_blocks * output.stride(0), *output.stride()))
+
+    def add_to_blocks(self, grad, target):
+        block_size, blocks = target.shape[2], target.flatten(0, 1)
+        for place, piece in enumerate(grad.split(block_size, dim=2)):
+            start = self.first - self.half_window + place
+            blocks[start : start + len(piece)] += piece.transpose(1, 2)
+
+    def _windows(self, tokens, block_size):
+        """`[tokens, ...]` -> `[windows, ..., window tokens]`."""
+        start, stop = (self.first - self.half_window) * block_size, (self.last + self.half_window) * block_size
+        return tokens[start:stop].unfold(0, (2 * self.half_window + 1) * block_size, block_size)
+
+
+def _row_groups(pattern: BlockPattern, query: Tensor) -> list[tuple[list | slice, list[_DensePart]]]:
+    """The rows of the pattern, each in one group, with the parts that the rows of a group read."""
+    groups = []
+    if pattern.global_blocks:
+        groups.append((pattern.global_blocks, [_DensePart(pattern.global_blocks)]))
+    inner = pattern.inner_rows
+    if not inner:
+        inner = range(pattern.last_row, pattern.last_row)
+    for rows in (range(pattern.first_row, inner.start), range(inner.stop, pattern.last_row)):
+        if rows:
+            parts = [_GatheredPart(rows, _Lists.of(pattern, rows, query, structured=True), query.shape[0])]
+            groups.append((slice(rows.start, rows.stop), parts))
+    if inner:
+        rows = slice(inner.start, inner.stop)
+        parts = [_WindowPart(inner, pattern, query.shape[0])]
+        if pattern.global_blocks:
+            parts.append(_DensePart(rows, pattern.global_blocks, _global_log_counts(pattern, query)))
+        if pattern.random_blocks is not None:
+            parts.append(_GatheredPart(inner, _Lists.of(pattern, inner, query, structured=False), query.shape[0]))
+        groups.append((rows, parts))
+    return groups
+
+
+def _global_log_counts(pattern: BlockPattern, like: Tensor) -> Tensor | None:
+    """The logarithm of how many times the rows that are not global read each global block; None for once each."""
+    if not pattern.first_block_extra:
+        return None
+    log_counts = torch.zeros(len(pattern.global_blocks), dtype=like.dtype, device=like.device)
+    log_counts[0] = math.log1p(pattern.first_block_extra)
+    return log_counts
+
+
+class _MergedFlashAttention(torch.autograd.Function):
+    """Block-sparse attention on `[batch, blocks, block, heads, dim]`, from flash attentions that are merged."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, pattern, scaling):
+        batch, block_size = query.shape[0], query.shape[2]
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        log_sum_exp = torch.empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        for rows, parts in _row_groups(pattern, query):
+            merged = None
+            for part in parts:
+                out, lse = _flash(
+                    part.queries(query),
+                    part.keys(key),
+                    part.keys(value),
+                    attn_mask=part.key_bias(bias, block_size),
+                    scale=scaling,
+                )
+                result = (part.to_rows(t, batch, block_size) for t in (out, lse.unsqueeze(-1)))
+                merged = tuple(result) if merged is None else _merge(*merged, *result)
+            output[:, rows], log_sum_exp[:, rows] = merged[0], merged[1].squeeze(-1)
+        ctx.save_for_backward(query, key, value, bias, output, log_sum_exp)
+        ctx.pattern, ctx.scaling = pattern, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, bias, output, log_sum_exp = ctx.saved_tensors
+        batch, block_size = query.shape[0], query.shape[2]
+        grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        for rows, parts in _row_groups(ctx.pattern, query):
+            for part in parts:
+                grad_query, grad_key, grad_value = _flash_backward(
+                    part.queries(grad_output),
+                    part.queries(query),
+                    part.keys(key),
+                    part.keys(value),
+                    part.queries(output),
+                    part.log_sum_exps(log_sum_exp),
+                    0.0,
+                    False,
+                    attn_mask=part.key_bias(bias, block_size),
+                    scale=ctx.scaling,
+                )
+                grads[0][:, rows] += part.to_rows(grad_query, batch, block_size)
+                part.add_to_blocks(grad_key, grads[1])
+                part.add_to_blocks(grad_value, grads[2])
+        return *grads, None, None, None
+
+
+def _merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from the attentions over either, each with its log-sum-exp `[..., 1]`."""
+    share = torch.sigmoid(other_lse - log_sum_exp)
+    return torch.lerp(output, other, share.to(output.dtype)), torch.logaddexp(log_sum_exp, other_lse)

@@ -1,0 +1,182 @@
+"""The configuration of BigBird: the fields of the public checkpoints, and those that only bigbird_plus has."""
+
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from .attention.pattern import Sparsity, check_whole_number
+
+ATTENTION_TYPES = ("block_sparse", "original_full")
+
+
+class BigBirdConfig(PretrainedConfig):
+    r"""What a BigBird is made of. The defaults are those of
+    [google/bigbird-roberta-base](https://huggingface.co/google/bigbird-roberta-base).
+
+    Keys that are not listed here (old checkpoints have some) are kept as attributes and saved again.
+
+    Args:
+        vocab_size (`int`, defaults to 50358): number of token ids.
+        hidden_size (`int`, defaults to 768): width of the hidden states; a multiple of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 12): number of layers.
+        num_attention_heads (`int`, defaults to 12): attention heads of each layer.
+        intermediate_size (`int`, defaults to 3072): width of the feed-forward part of a layer.
+        hidden_act (`str` or callable, defaults to `"gelu_new"`): activation of the feed-forward part and the heads.
+        hidden_dropout_prob (`float`, defaults to 0.1): dropout of embeddings, projections and heads.
+        attention_probs_dropout_prob (`float`, defaults to 0.1): dropout of attention probabilities. Full attention
+            only: block-sparse attention has none.
+        max_position_embeddings (`int`, defaults to 4096): longest input, in tokens.
+        type_vocab_size (`int`, defaults to 2): number of token type ids.
+        initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
+        layer_norm_eps (`float`, defaults to 1e-12): epsilon of layer normalisation.
+        use_cache (`bool`, defaults to `True`): whether a decoder returns keys and values for the next step.
+        pad_token_id, bos_token_id, eos_token_id, sep_token_id (`int`, default to 0, 1, 2, 66): special ids.
+        attention_type (`str`, defaults to `"block_sparse"`): which tokens read which: `"block_sparse"` (linear in the
+            length; inputs too short for it are read in full) or `"original_full"` (quadratic).
+        use_bias (`bool`, defaults to `True`): whether query, key and value projections have a bias.
+        rescale_embeddings (`bool`, defaults to `False`): multiply token embeddings by `sqrt(hidden_size)`.
+        block_size (`int`, defaults to 64): tokens in a block.
+        num_random_blocks (`int`, defaults to 3): random blocks that each block reads; 0 is fine.
+        classifier_dropout (`float`, *optional*): dropout of classification heads; `None` means `hidden_dropout_prob`.
+        eval_random_blocks (`bool`, defaults to `False`): read the random blocks of training in evaluation, too, as
+            the paper's code did. By default evaluation reads block 0 instead of each of them, which is what
+            transformers' own BigBird does.
+        num_sliding_window_blocks (`int`, defaults to 3): width of the window in blocks, the block itself included; odd.
+        num_global_blocks (`int`, defaults to 2): blocks that read everything and are read by all. The first half of
+            them (rounded up) stands at the beginning of the input, the others at its end.
+        is_decoder (`bool`, defaults to `False`): whether attention is causal.
+        add_cross_attention (`bool`, defaults to `False`): whether the layers also read an encoder's states.
+        tie_word_embeddings (`bool`, defaults to `True`): whether the language modelling head shares the embeddings.
+
+    Raises:
+        ValueError: for a value that makes no model; the message names the field.
+    """
+
+    model_type = "big_bird"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (an annotation would make it a dataclass field)
+
+    def __init__(
+        self,
+        vocab_size=50358,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        hidden_act="gelu_new",
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        max_position_embeddings=4096,
+        type_vocab_size=2,
+        initializer_range=0.02,
+        layer_norm_eps=1e-12,
+        use_cache=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        sep_token_id=66,
+        attention_type="block_sparse",
+        use_bias=True,
+        rescale_embeddings=False,
+        block_size=64,
+        num_random_blocks=3,
+        classifier_dropout=None,
+        *,
+        eval_random_blocks=False,
+        num_sliding_window_blocks=3,
+        num_global_blocks=2,
+        is_decoder=False,
+        add_cross_attention=False,
+        tie_word_embeddings=True,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.use_cache = use_cache
+        self.attention_type = attention_type
+        self.use_bias = use_bias
+        self.rescale_embeddings = rescale_embeddings
+        self.block_size = block_size
+        self.num_random_blocks = num_random_blocks
+        self.classifier_dropout = classifier_dropout
+        self.eval_random_blocks = eval_random_blocks
+        self.num_sliding_window_blocks = num_sliding_window_blocks
+        self.num_global_blocks = num_global_blocks
+        # Newer transformers do not declare these three in the base class, and read them all the same.
+        self.is_decoder = is_decoder
+        self.add_cross_attention = add_cross_attention
+        self.tie_word_embeddings = tie_word_embeddings
+        self.check_fields()
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            sep_token_id=sep_token_id,
+            is_decoder=is_decoder,
+            add_cross_attention=add_cross_attention,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def check_fields(self):
+        """Raises a `ValueError` that names the first field whose value makes no model. Models call it, too, since a
+        configuration can be changed after it was made."""
+        check_attention_type(self.attention_type)
+        whole_numbers = {
+            "vocab_size": 1,
+            "hidden_size": 1,
+            "num_hidden_layers": 0,
+            "num_attention_heads": 1,
+            "intermediate_size": 1,
+            "max_position_embeddings": 1,
+            "type_vocab_size": 1,
+        }
+        for field, least in whole_numbers.items():
+            check_whole_number(field, getattr(self, field), least)
+        Sparsity.from_config(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{field} must be between 0 and 1, but is {value!r}.")
+        if not callable(self.hidden_act) and self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act must be a callable or the name of an activation of transformers, but is "
+                f"{self.hidden_act!r}. Names are the keys of transformers.activations.ACT2FN."
+            )
+
+    def __init_subclass__(cls, **kwargs):
+        # transformers 5 makes a dataclass of every subclass, with a generated __init__ and an __eq__ that compares
+        # the base class's fields only. A subclass that defines neither keeps ours.
+        if "__init__" not in cls.__dict__:
+
+            def __init__(self, *args, **kwargs):
+                super(cls, self).__init__(*args, **kwargs)
+
+            cls.__init__ = __init__
+        if "__eq__" not in cls.__dict__:
+            cls.__eq__ = BigBirdConfig.__eq__
+        super().__init_subclass__(**kwargs)
+
+    def __eq__(self, other):
+        return isinstance(other, PretrainedConfig) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # configurations can be changed
+
+
+def check_attention_type(value):
+    """Raises a `ValueError` unless `value` is one of `ATTENTION_TYPES`."""
+    if value not in ATTENTION_TYPES:
+        raise ValueError(f"attention_type must be 'block_sparse' or 'original_full', but is {value!r}.")

@@ -1,0 +1,519 @@
+"""BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
+from transformers.pytorch_utils import apply_chunking_to_forward, prune_linear_layer
+
+from ._compat import cached_key_length, tokens_in_cache, wants_tuples
+from .attention import SparseInput, attend_fully, attend_sparsely, make_sparse_input, masks, pad_to_blocks
+from .attention.pattern import Sparsity
+from .configuration_big_bird import BigBirdConfig, check_attention_type
+
+# Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
+TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+
+
+def activation_function(hidden_act):
+    """The activation that `BigBirdConfig.hidden_act` names, or is."""
+    if callable(hidden_act):
+        return hidden_act
+    if hidden_act in TANH_GELUS:
+        return partial(nn.functional.gelu, approximate="tanh")
+    return ACT2FN[hidden_act]
+
+
+def as_requested(output, return_dict: bool | None, config):
+    """`output`, or a tuple of what it holds if the caller or the configuration wants one."""
+    if wants_tuples(config) if return_dict is None else not return_dict:
+        return output.to_tuple()
+    return output
+
+
+class BigBirdEmbeddings(nn.Module):
+    """Tokens, positions and token types, added and normalised."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.scale = config.hidden_size**0.5 if config.rescale_embeddings else 1.0
+
+    def forward(self, input_ids, token_type_ids, position_ids, inputs_embeds) -> Tensor:
+        """`[batch, length, hidden_size]`, from ids of `[batch, length]`; `inputs_embeds` stands for `input_ids`."""
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.scale != 1.0:
+            words = words * self.scale
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        embeddings = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+        return self.LayerNorm(self.dropout(embeddings))
+
+
+class BigBirdSelfAttention(nn.Module):
+    """Every token asks, and reads tokens of its own sequence."""
+
+    def __init__(self, config, layer_idx, is_causal):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal  # transformers' attention functions look for it
+        self.heads = list(range(config.num_attention_heads))  # those that were not pruned
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: SparseInput | Tensor | None,
+        head_mask: Tensor | None = None,
+        past_key_values=None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The context, `[batch, length, heads * head_dim]`, and the probabilities or None."""
+        key, value = self._split_heads(self.key(hidden_states)), self._split_heads(self.value(hidden_states))
+        if isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = past_key_values.self_attention_cache
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        return self._attend(hidden_states, key, value, mask, head_mask, output_attentions)
+
+    def _attend(self, hidden_states, key, value, mask, head_mask, output_attentions):
+        query = self._split_heads(self.query(hidden_states))
+        how = {
+            "scaling": self.head_dim**-0.5,
+            "implementation": self.config._attn_implementation,
+            "output_attentions": output_attentions,
+        }
+        if isinstance(mask, SparseInput):
+            pattern = mask.sparsity.pattern(mask.num_blocks, layer_idx=self.layer_idx, training=self.training)
+            pattern = pattern.for_heads(self.heads)
+            context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, **how)
+        else:
+            dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+            context, probabilities = attend_fully(self, query, key, value, mask, dropout=dropout, **how)
+        if head_mask is not None:
+            context = context * head_mask[:, None, None]
+            probabilities = None if probabilities is None else probabilities * head_mask[:, None, None]
+        return context.transpose(1, 2).flatten(2), probabilities
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""
+        return states.unflatten(-1, (len(self.heads), self.head_dim)).transpose(1, 2)
+
+
+class BigBirdCrossAttention(BigBirdSelfAttention):
+    """Every token asks, and reads the states of an encoder. Their keys and values are computed once per sequence."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        mask: Tensor | None,
+        past_key_values=None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `BigBirdSelfAttention.forward`, on `encoder_hidden_states` of `[batch, source length, hidden_size]`."""
+        key, value = self._keys_and_values(encoder_hidden_states, past_key_values)
+        return self._attend(hidden_states, key, value, mask, None, output_attentions)
+
+    def _keys_and_values(self, encoder_hidden_states, past_key_values):
+        cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key = self._split_heads(self.key(encoder_hidden_states))
+        value = self._split_heads(self.value(encoder_hidden_states))
+        if cache is not None:
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
+
+class BigBirdOutput(nn.Module):
+    """A projection back to the hidden size, added to what went in, and normalised."""
+
+    def __init__(self, config, input_size):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        """`[..., hidden_size]` from `states` of `[..., input_size]`."""
+        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
+
+
+class BigBirdAttention(nn.Module):
+    """Attention, and the projection of its context."""
+
+    def __init__(self, config, layer_idx, is_cross_attention=False):
+        super().__init__()
+        attention_class = BigBirdCrossAttention if is_cross_attention else BigBirdSelfAttention
+        self.self = attention_class(config, layer_idx, is_causal=config.is_decoder and not is_cross_attention)
+        self.output = BigBirdOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """The new hidden states and the probabilities or None; arguments as those of the attention within."""
+        context, probabilities = self.self(hidden_states, *args, **kwargs)
+        return self.output(context, hidden_states), probabilities
+
+    def prune_heads(self, heads) -> None:
+        """Removes heads, given by their index among all that there were at first."""
+        attention = self.self
+        kept = [head for head in attention.heads if head not in heads]
+        places = torch.tensor([attention.heads.index(head) for head in kept], dtype=torch.long)
+        index = (places[:, None] * attention.head_dim + torch.arange(attention.head_dim)).flatten()
+        for name in ("query", "key", "value"):
+            setattr(attention, name, prune_linear_layer(getattr(attention, name), index))
+        self.output.dense = prune_linear_layer(self.output.dense, index, dim=1)
+        attention.heads = kept
+
+
+class BigBirdIntermediate(nn.Module):
+    """The widening half of the feed-forward part."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation_function(config.hidden_act)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., intermediate_size]` from `[..., hidden_size]`."""
+        return self.activation(self.dense(hidden_states))
+
+
+class BigBirdLayer(GradientCheckpointingLayer):
+    """Self-attention, cross-attention if there is any, and the feed-forward part."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.attention = BigBirdAttention(config, layer_idx)
+        if config.add_cross_attention:
+            self.crossattention = BigBirdAttention(config, layer_idx, is_cross_attention=True)
+        self.intermediate = BigBirdIntermediate(config)
+        self.output = BigBirdOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: SparseInput | Tensor | None = None,
+        head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+        past_key_values=None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """New hidden states, `[batch, length, hidden_size]`, probabilities, and those of cross-attention."""
+        hidden_states, probabilities = self.attention(
+            hidden_states, mask, head_mask, past_key_values, cache_position, output_attentions
+        )
+        cross_probabilities = None
+        if encoder_hidden_states is not None:
+            hidden_states, cross_probabilities = self.crossattention(
+                hidden_states, encoder_hidden_states, encoder_mask, past_key_values, output_attentions
+            )
+        hidden_states = apply_chunking_to_forward(self.feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
+        return hidden_states, probabilities, cross_probabilities
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, length, hidden_size]`, each token by itself."""
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class BigBirdEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList(BigBirdLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states,
+        mask,
+        head_masks,
+        *others,
+        length,
+        past_key_values,
+        output_attentions,
+        output_hidden_states,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """All layers on `[batch, padded length, hidden_size]`; what comes out is cut to `length` tokens."""
+        all_hidden_states, attentions, cross_attentions = (_cut(hidden_states, length, 1),), (), ()
+        for layer, head_mask in zip(self.layer, head_masks, strict=True):
+            hidden_states, attention, cross_attention = layer(
+                hidden_states, mask, head_mask, *others, output_attentions, past_key_values=past_key_values
+            )
+            if output_hidden_states:
+                all_hidden_states += (_cut(hidden_states, length, 1),)
+            if output_attentions:
+                is_sparse = isinstance(mask, SparseInput)
+                attentions += (_cut(attention, length, 2, 3) if is_sparse else attention,)
+                cross_attentions += () if cross_attention is None else (cross_attention,)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=_cut(hidden_states, length, 1),
+            past_key_values=past_key_values,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            cross_attentions=cross_attentions or None,
+        )
+
+
+def _cut(tensor: Tensor, length: int, *dims: int) -> Tensor:
+    """`tensor` without what lies beyond `length`; itself, not a view of it, if there is nothing."""
+    for dim in dims:
+        if tensor.shape[dim] != length:
+            tensor = tensor.narrow(dim, 0, length)
+    return tensor
+
+
+class BigBirdPreTrainedModel(PreTrainedModel):
+    """What all BigBird models share: configuration, loading, initial weights, the choice of attention."""
+
+    config_class = BigBirdConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["BigBirdLayer"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.(position_ids|token_type_ids)"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        config.check_fields()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would look for its own idioms in the source of this module
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def set_attention_type(self, value: str) -> None:
+        """Chooses which tokens read which, from the next call on: `"block_sparse"` or `"original_full"`.
+
+        Raises:
+            ValueError: for any other value.
+        """
+        check_attention_type(value)
+        self.base_model.attention_type = value
+
+
+class BigBirdModel(BigBirdPreTrainedModel):
+    """BigBird without a head on top: an encoder, or with `config.is_decoder` a decoder.
+
+    Args:
+        config: a `BigBirdConfig`.
+        add_pooling_layer: whether to add the layer that makes `pooler_output` of the first token's state.
+    """
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__(config)
+        if config.add_cross_attention and not config.is_decoder:
+            raise ValueError("add_cross_attention=True needs is_decoder=True: an encoder reads no other encoder.")
+        self.attention_type = config.attention_type
+        self.embeddings = BigBirdEmbeddings(config)
+        self.encoder = BigBirdEncoder(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def _prune_heads(self, heads_to_prune):
+        for layer_idx, heads in heads_to_prune.items():
+            self.encoder.layer[layer_idx].attention.prune_heads(heads)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
+        """Hidden states of `[batch, length]` tokens.
+
+        Args:
+            input_ids: `int64`, `[batch, length]`.
+            attention_mask: 1 where a token is real, 0 where it is padding, `[batch, length]`. With full attention
+                also `[batch, queries, keys]` and `[batch, 1 or heads, queries, keys]`, see `masks.expand_mask`.
+            token_type_ids: `int64`, `[batch, length]`, below `config.type_vocab_size`; zeros by default.
+            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings`; counted from the first
+                place of the tensor by default, padding included.
+            head_mask: `[heads]` or `[layers, heads]`: what the output of each attention head is multiplied by.
+            inputs_embeds: `[batch, length, hidden_size]`, in the place of `input_ids`.
+            encoder_hidden_states: `[batch, source length, hidden_size]`, for a decoder with cross-attention.
+            encoder_attention_mask: `[batch, source length]`, as `attention_mask`.
+            past_key_values: a cache of transformers, or the tuple of pairs of earlier versions.
+            use_cache: whether a decoder fills and returns a cache; `config.use_cache` by default.
+            output_attentions, output_hidden_states, return_dict: as in all models of transformers.
+            cache_position: `int64`, `[length]`: places of the tokens in the cache.
+
+        Raises:
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
+                positions, or if a mask does not fit the input.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+        if input_ids is not None and masks.may_read_values(input_ids):
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+
+        past_key_values = self._prepare_cache(past_key_values, use_cache)
+        past = tokens_in_cache(past_key_values)
+        if cache_position is None:
+            cache_position = torch.arange(length, device=device) + past
+        self._check_length(past, length, position_ids)
+        positions = cache_position[None] if position_ids is None else position_ids
+
+        hidden_states = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
+        if self._reads_sparsely(length, past_key_values):
+            mask = self._sparse_input(attention_mask, batch, length, device)
+            hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
+        else:
+            mask = self._full_mask(attention_mask, hidden_states, past_key_values, past, cache_position, position_ids)
+        outputs = self.encoder(
+            hidden_states,
+            mask,
+            self._head_masks(head_mask),
+            encoder_hidden_states,
+            self._cross_attention_mask(encoder_attention_mask, encoder_hidden_states, hidden_states),
+            cache_position,
+            length=length,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            pooler_output=self._pool(outputs.last_hidden_state), **outputs
+        )
+        return as_requested(output, return_dict, config)
+
+    def _pool(self, hidden_states):
+        return None if self.pooler is None else torch.tanh(self.pooler(hidden_states[:, 0]))
+
+    def _reads_sparsely(self, length, past_key_values) -> bool:
+        """Whether this call does: an encoder, with more tokens than the pattern would let a token read anyway."""
+        sparsity = Sparsity.from_config(self.config)
+        is_encoder = not self.config.is_decoder and past_key_values is None
+        return is_encoder and self.attention_type == "block_sparse" and length > sparsity.full_attention_length
+
+    def _prepare_cache(self, past_key_values, use_cache):
+        """The cache to use, a new one where a decoder shall return one; None for none."""
+        if isinstance(past_key_values, (tuple, list)):
+            past_key_values = DynamicCache(past_key_values)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.encoder.gradient_checkpointing and self.training:
+            use_cache = False
+        if past_key_values is None and use_cache and self.config.is_decoder:
+            past_key_values = DynamicCache(config=self.config)
+            if self.config.add_cross_attention:
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        return past_key_values
+
+    def _check_length(self, past, length, position_ids):
+        most = self.config.max_position_embeddings
+        if position_ids is None and isinstance(past, int) and past + length > most:
+            raise ValueError(
+                f"The input has {past + length} tokens, but max_position_embeddings is {most}. Cut it "
+                f"(truncation=True in the tokenizer), or use a model with more positions."
+            )
+
+    def _sparse_input(self, attention_mask, batch, length, device) -> SparseInput:
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has the shape {list(attention_mask.shape)}, but block-sparse attention takes "
+                f"[batch, length]. Masks of more dimensions need attention_type='original_full'."
+            )
+        mask = masks.padding_mask(attention_mask, batch, length)
+        return make_sparse_input(Sparsity.from_config(self.config), mask, batch, length, device)
+
+    def _full_mask(self, attention_mask, hidden_states, cache, past, cache_position, position_ids) -> Tensor | None:
+        batch, length = hidden_states.shape[:2]
+        if attention_mask is None and self.config.is_decoder and cache is None and position_ids is not None:
+            attention_mask = masks.same_document_mask(position_ids.expand(batch, -1))
+        return masks.full_attention_mask(
+            attention_mask,
+            batch=batch,
+            query_positions=cache_position,
+            past=past,
+            keys=length if cache is None else cached_key_length(cache, length, cache_position),
+            is_causal=self.config.is_decoder,
+            dtype=masks.compute_dtype(hidden_states),
+            implementation=self.config._attn_implementation,
+        )
+
+    def _cross_attention_mask(self, mask, encoder_hidden_states, hidden_states) -> Tensor | None:
+        if encoder_hidden_states is None:
+            return None
+        if not self.config.add_cross_attention:
+            raise ValueError("encoder_hidden_states needs a model with cross-attention: add_cross_attention=True.")
+        return masks.cross_attention_mask(
+            mask,
+            batch=hidden_states.shape[0],
+            queries=hidden_states.shape[1],
+            keys=encoder_hidden_states.shape[1],
+            dtype=masks.compute_dtype(hidden_states),
+            implementation=self.config._attn_implementation,
+        )
+
+    def _head_masks(self, head_mask) -> list[Tensor | None]:
+        """The factors of each layer's heads."""
+        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        if head_mask is None:
+            return [None] * layers
+        if head_mask.shape not in ((heads,), (layers, heads)):
+            raise ValueError(
+                f"head_mask must have the shape [heads] = [{heads}] or [layers, heads] = [{layers}, {heads}], but has "
+                f"{list(head_mask.shape)}."
+            )
+        return list(head_mask.to(self.dtype).expand(layers, heads))

@@ -1,0 +1,664 @@
+"""The task models: `BigBirdModel` with a head, and what they return."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import (
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import ModelOutput
+
+from .modeling_big_bird import (
+    BigBirdIntermediate,
+    BigBirdModel,
+    BigBirdOutput,
+    BigBirdPreTrainedModel,
+    activation_function,
+    as_requested,
+)
+
+
+@dataclass
+class BigBirdForPreTrainingOutput(ModelOutput):
+    """What `BigBirdForPreTraining` returns.
+
+    loss: scalar, the sum of the masked language modelling and the next sentence loss.
+    prediction_logits: `[batch, length, vocab_size]`.
+    seq_relationship_logits: `[batch, 2]`: whether the second part follows the first (0) or does not (1).
+    hidden_states, attentions: as in all models of transformers.
+    """
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BigBirdForQuestionAnsweringModelOutput(ModelOutput):
+    """What `BigBirdForQuestionAnswering` returns.
+
+    loss: scalar, the mean of the losses of the start and the end.
+    start_logits, end_logits: `[batch, length]`.
+    pooler_output: `[batch, hidden_size]`, None without a pooling layer.
+    hidden_states, attentions: as in all models of transformers.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss over the labels that are not -100; `logits` has one dimension more than `labels`."""
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
+
+
+def classifier_dropout(config) -> nn.Dropout:
+    """The dropout of classification heads."""
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Language models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BigBirdPredictionHeadTransform(nn.Module):
+    """The layer between the encoder and the vocabulary."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation_function(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., hidden_size]` of the same."""
+        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+
+
+class BigBirdLMPredictionHead(nn.Module):
+    """Scores of the words. `bias` and `decoder.bias` are one parameter under two names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transform = BigBirdPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., vocab_size]` from `[..., hidden_size]`."""
+        return self.decoder(self.transform(hidden_states))
+
+
+class BigBirdOnlyMLMHead(nn.Module):
+    """Word scores alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.predictions = BigBirdLMPredictionHead(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., vocab_size]` from `[..., hidden_size]`."""
+        return self.predictions(hidden_states)
+
+
+class BigBirdPreTrainingHeads(nn.Module):
+    """Word scores and the relation of two sentences."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.predictions = BigBirdLMPredictionHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden_states: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch, length, vocab_size]` and `[batch, 2]`."""
+        return self.predictions(hidden_states), self.seq_relationship(pooled)
+
+
+class _LanguageModel(BigBirdPreTrainedModel):
+    """What the models with a vocabulary projection share: tied weights, and one bias under two names."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    _keys_to_ignore_on_load_missing = [r"cls\.predictions\.decoder\.bias"]  # noqa: RUF012
+
+    def get_output_embeddings(self):
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    def tie_weights(self, *args, **kwargs):
+        """Ties the projection to the embeddings if the configuration says so, and its bias to itself in any case."""
+        super().tie_weights(*args, **kwargs)
+        predictions, embeddings = self.cls.predictions, self.get_input_embeddings().weight
+        predictions.decoder.bias = predictions.bias
+        # A file that holds the tied weight twice keeps some versions of transformers from tying it.
+        weight = predictions.decoder.weight
+        on_meta = weight.device.type == "meta" or embeddings.device.type == "meta"
+        tied = self.config.tie_word_embeddings and weight is not embeddings and not on_meta
+        if tied and weight.shape == embeddings.shape and torch.equal(weight, embeddings):
+            predictions.decoder.weight = embeddings
+
+
+def freeze_pooler(model: BigBirdModel) -> None:
+    """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
+    parameter without a gradient stops distributed training."""
+    if model.pooler is not None:
+        model.pooler.requires_grad_(False)
+
+
+class BigBirdForPreTraining(_LanguageModel):
+    """Masked language modelling and next sentence prediction."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BigBirdModel(config)
+        self.cls = BigBirdPreTrainingHeads(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BigBirdForPreTrainingOutput | tuple:
+        """Arguments as those of `BigBirdModel.forward`, and:
+
+        Args:
+            labels: `int64`, `[batch, length]`: the words to predict, -100 where none is.
+            next_sentence_label: `int64`, `[batch]`: 0 if the second part follows the first, 1 if not. Its loss is
+                added where `labels` are given, too.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(prediction_logits, labels)
+            if next_sentence_label is not None:
+                loss = loss + cross_entropy(seq_relationship_logits, next_sentence_label)
+        output = BigBirdForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=prediction_logits,
+            seq_relationship_logits=seq_relationship_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+
+class BigBirdForMaskedLM(_LanguageModel):
+    """Masked language modelling."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BigBirdModel(config)
+        self.cls = BigBirdOnlyMLMHead(config)
+        freeze_pooler(self.bert)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values=None,
+    ) -> MaskedLMOutput | tuple:
+        """Arguments as those of `BigBirdModel.forward`, and:
+
+        Args:
+            labels: `int64`, `[batch, length]`: the words to predict, -100 where none is.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.cls(outputs.last_hidden_state)
+        output = MaskedLMOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+
+class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
+    """Language modelling from left to right, with `generate`. Wants `config.is_decoder=True`."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BigBirdModel(config)
+        self.cls = BigBirdOnlyMLMHead(config)
+        freeze_pooler(self.bert)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """`generate` asks for masks that are ready for a static cache. Ours are made in `forward`."""
+        return attention_mask
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values=None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions | tuple:
+        """Arguments as those of `BigBirdModel.forward`, and:
+
+        Args:
+            labels: `int64`, `[batch, length]`: the tokens themselves, -100 for those that do not count; the model
+                compares each with what it predicts one place earlier.
+            logits_to_keep: compute the logits of so many last tokens only (0: of all), or of those at these indices.
+            **kwargs: handed to the loss (`num_items_in_batch`).
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cache_position=cache_position,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.cls(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classification
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BigBirdClassificationHead(nn.Module):
+    """Scores of the classes of a whole input, from the state of its first token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = classifier_dropout(config)
+        self.activation = activation_function(config.hidden_act)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, num_labels]` from `[batch, length, hidden_size]`."""
+        first = self.dropout(hidden_states[:, 0])
+        return self.out_proj(self.dropout(self.activation(self.dense(first))))
+
+
+class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
+    """Classes of, or with one label a number for, a whole input."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BigBirdModel(config)
+        self.classifier = BigBirdClassificationHead(config)
+        freeze_pooler(self.bert)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values=None,
+    ) -> SequenceClassifierOutput | tuple:
+        """Arguments as those of `BigBirdModel.forward`, and:
+
+        Args:
+            labels: `int64`, `[batch]`: the class; float, `[batch]`, for regression (mean squared error); float,
+                `[batch, num_labels]`, for several labels at once (binary cross entropy). `config.problem_type` says
+                which; where it is None, the number of labels and the dtype do.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.last_hidden_state)
+        output = SequenceClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+    def _loss(self, logits, labels):
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            if self.num_labels == 1:
+                problem_type = "regression"
+            elif labels.is_floating_point():
+                problem_type = "multi_label_classification"
+            else:
+                problem_type = "single_label_classification"
+        if problem_type == "regression":
+            return nn.functional.mse_loss(logits.squeeze(), labels.squeeze())
+        if problem_type == "multi_label_classification":
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        return cross_entropy(logits, labels)
+
+
+class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
+    """Which of several inputs is the right one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BigBirdModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MultipleChoiceModelOutput | tuple:
+        """Arguments as those of `BigBirdModel.forward`, with a dimension more: `[batch, num_choices, length]`, and:
+
+        Args:
+            labels: `int64`, `[batch]`: the right choice.
+        """
+        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        outputs = self.bert(
+            _without_choices(input_ids),
+            attention_mask=_without_choices(attention_mask),
+            token_type_ids=_without_choices(token_type_ids),
+            position_ids=_without_choices(position_ids),
+            head_mask=head_mask,
+            inputs_embeds=_without_choices(inputs_embeds),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).unflatten(0, (-1, num_choices)).squeeze(-1)
+        output = MultipleChoiceModelOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+
+def _without_choices(tensor):
+    """`[batch, num_choices, ...]` -> `[batch * num_choices, ...]`."""
+    return None if tensor is None else tensor.flatten(0, 1)
+
+
+class BigBirdForTokenClassification(BigBirdPreTrainedModel):
+    """Classes of each token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BigBirdModel(config)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        freeze_pooler(self.bert)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values=None,
+    ) -> TokenClassifierOutput | tuple:
+        """Arguments as those of `BigBirdModel.forward`, and:
+
+        Args:
+            labels: `int64`, `[batch, length]`: the class of each token, -100 for those that do not count.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        output = TokenClassifierOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Question answering
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BigBirdForQuestionAnsweringHead(nn.Module):
+    """Scores of each token as the start and as the end of the answer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.intermediate = BigBirdIntermediate(config)
+        self.output = BigBirdOutput(config, config.intermediate_size)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, length, 2]` from `[batch, length, hidden_size]`."""
+        states = self.intermediate(self.dropout(hidden_states))
+        return self.qa_outputs(self.output(states, hidden_states))
+
+
+class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
+    """Where in the second part of an input the answer to the first part stands.
+
+    Args:
+        config: a `BigBirdConfig`.
+        add_pooling_layer: whether to return `pooler_output`, too.
+    """
+
+    def __init__(self, config, add_pooling_layer=False):
+        config.num_labels = 2  # start and end
+        super().__init__(config)
+        self.bert = BigBirdModel(config, add_pooling_layer=add_pooling_layer)
+        self.qa_classifier = BigBirdForQuestionAnsweringHead(config)
+        freeze_pooler(self.bert)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        question_lengths: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values=None,
+    ) -> BigBirdForQuestionAnsweringModelOutput | tuple:
+        """Arguments as those of `BigBirdModel.forward`, and:
+
+        Args:
+            question_lengths: `int64`, `[batch, 1]` (or `[batch]`): tokens of the question, `[CLS]` and `[SEP]`
+                included, none of which but the first can be the answer. By default all up to the first
+                `config.sep_token_id`. Where `token_type_ids` are not given, they are 0 up to there and 1 behind.
+            start_positions, end_positions: `int64`, `[batch]`: first and last token of the answer. Those beyond the
+                input do not count.
+        """
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        in_question = self._question_mask(input_ids, question_lengths, length)
+        if token_type_ids is None and in_question is not None and self.config.type_vocab_size > 1:
+            token_type_ids = (~in_question).long()
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.qa_classifier(outputs.last_hidden_state)
+        if in_question is not None:
+            no_answer = in_question & (torch.arange(length, device=in_question.device) > 0)
+            logits = logits - no_answer[..., None] * 1e6
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            losses = [_position_loss(start_logits, start_positions), _position_loss(end_logits, end_positions)]
+            loss = sum(losses) / 2
+        output = BigBirdForQuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return as_requested(output, return_dict, self.config)
+
+    def _question_mask(self, input_ids, question_lengths, length):
+        """`bool`, `[batch, length]`: which tokens are the question's; None where it is not known."""
+        if question_lengths is None:
+            if input_ids is None:
+                return None
+            question_lengths = (input_ids == self.config.sep_token_id).int().argmax(-1) + 1
+        return torch.arange(length, device=question_lengths.device) < question_lengths.reshape(-1, 1)
+
+
+def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Mean cross entropy of `[batch, length]`, without the positions beyond the input."""
+    length = logits.shape[1]
+    positions = positions.to(logits.device).flatten().clamp(0, length)
+    return nn.functional.cross_entropy(logits, positions, ignore_index=length)
