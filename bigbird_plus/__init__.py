@@ -1,4 +1,4 @@
-"""BigBird for transformers. Importing this package registers its classes with the Auto classes, and does nothing else."""
+"""BigBird for transformers: importing this package registers its classes with the Auto classes, and no more."""
 
 from .attention import block_sparse_attention
 from .attention.pattern import BlockPattern, Sparsity
@@ -15,3 +15,23 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BigBirdConfig",
+    "BigBirdForCausalLM",
+    "BigBirdForMaskedLM",
+    "BigBirdForMultipleChoice",
+    "BigBirdForPreTraining",
+    "BigBirdForPreTrainingOutput",
+    "BigBirdForQuestionAnswering",
+    "BigBirdForQuestionAnsweringModelOutput",
+    "BigBirdForSequenceClassification",
+    "BigBirdForTokenClassification",
+    "BigBirdModel",
+    "BigBirdPreTrainedModel",
+    "BlockPattern",
+    "Sparsity",
+    "block_sparse_attention",
+]

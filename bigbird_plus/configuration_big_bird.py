@@ -40,7 +40,7 @@ class BigBirdConfig(PretrainedConfig):
         eval_random_blocks (`bool`, defaults to `False`): read the random blocks of training in evaluation, too, as
             the paper's code did. By default evaluation reads block 0 instead of each of them, which is what
             transformers' own BigBird does.
-        num_sliding_window_blocks (`int`, defaults to 3): width of the window in blocks, the block itself included; odd.
+        num_sliding_window_blocks (`int`, defaults to 3): width of the window in blocks, itself included; odd.
         num_global_blocks (`int`, defaults to 2): blocks that read everything and are read by all. The first half of
             them (rounded up) stands at the beginning of the input, the others at its end.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
@@ -52,7 +52,7 @@ class BigBirdConfig(PretrainedConfig):
     """
 
     model_type = "big_bird"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (an annotation would make it a dataclass field)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,

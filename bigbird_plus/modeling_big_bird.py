@@ -291,8 +291,8 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["BigBirdLayer"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.(position_ids|token_type_ids)"]  # noqa: RUF012
+    _no_split_modules = ["BigBirdLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.(position_ids|token_type_ids)"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -69,9 +69,9 @@ def classifier_dropout(config) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Language models
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class BigBirdPredictionHeadTransform(nn.Module):
@@ -130,11 +130,11 @@ class BigBirdPreTrainingHeads(nn.Module):
 class _LanguageModel(BigBirdPreTrainedModel):
     """What the models with a vocabulary projection share: tied weights, and one bias under two names."""
 
-    _tied_weights_keys = {  # noqa: RUF012
+    _tied_weights_keys = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
-    _keys_to_ignore_on_load_missing = [r"cls\.predictions\.decoder\.bias"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"cls\.predictions\.decoder\.bias"]
 
     def get_output_embeddings(self):
         return self.cls.predictions.decoder
@@ -353,9 +353,9 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         return as_requested(output, return_dict, self.config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Classification
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class BigBirdClassificationHead(nn.Module):
@@ -551,9 +551,9 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         return as_requested(output, return_dict, self.config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Question answering
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class BigBirdForQuestionAnsweringHead(nn.Module):

@@ -114,7 +114,7 @@ def _unexpanded(attention_mask, keys):
         return None
     if attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask has the shape {list(attention_mask.shape)}, but flash attention takes [batch, keys] only. "
+            f"attention_mask has the shape {list(attention_mask.shape)}, but flash attention takes [batch, keys]. "
             "For other masks choose attn_implementation='sdpa'."
         )
     return _fit_keys(attention_mask != 0, keys)
@@ -153,9 +153,9 @@ def same_document_mask(position_ids: Tensor) -> Tensor | None:
 def expand_mask(attention_mask: Tensor, batch: int, queries: int, keys: int, name: str = "attention_mask") -> Tensor:
     """A user's 2-D, 3-D or 4-D mask as one that is broadcastable to `[batch, heads, queries, keys]`.
 
-    Masks of `[batch, keys]` and `[batch, queries, keys]` hold 1 (or True) for what is read. One of `[batch, 1 or heads,
-    queries, keys]` does so, too, if it holds booleans or integers; floating point numbers in it are added to the
-    scores as they are. Keys beyond the mask (free places of a static cache) are not read.
+    Masks of `[batch, keys]` and `[batch, queries, keys]` hold 1 (or True) for what is read. One of
+    `[batch, 1 or heads, queries, keys]` does so, too, if it holds booleans or integers; floating point numbers in it
+    are added to the scores as they are. Keys beyond the mask (free places of a static cache) are not read.
 
     Raises:
         ValueError: if the mask has a shape that fits neither.

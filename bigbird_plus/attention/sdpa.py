@@ -53,9 +53,9 @@ def _as_sequence(blocks: Tensor) -> Tensor:
     return blocks.flatten(1, 2).transpose(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Gathered blocks
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Lists(NamedTuple):
@@ -84,8 +84,8 @@ class _Lists(NamedTuple):
         return cls(blocks, bias.to(like.device) if bias.any() else None)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """From `[batch, blocks, block, heads, dim]` the listed blocks of each row, `[batch, rows, heads, keys, dim]`."""
-        rows, heads, _ = self.blocks.shape
+        """Of `[batch, blocks, block, heads, dim]` each row's listed blocks, `[batch, rows, heads, keys, dim]`."""
+        heads = self.blocks.shape[1]
         if heads == 1:
             return tensor[:, self.blocks[:, 0]].flatten(2, 3).transpose(2, 3)
         head = torch.arange(heads, device=tensor.device)[None, :, None]
@@ -134,9 +134,9 @@ def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
     return torch.cat((outer[:, : rows.start], inner, outer[:, rows.start :]), dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Merged parts
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _DensePart:
