@@ -8,6 +8,15 @@ import numpy as np
 
 from .random_blocks import NO_BLOCK, draw_random_blocks, draw_uniform_blocks
 
+KINDS_OF_READING = {
+    "none": "#f4f4f4",
+    "random": "#009e73",
+    "window": "#0072b2",
+    "global": "#e69f00",
+    "first block, repeated": "#d55e00",
+}
+"""Why a block reads another, with the colour of `BlockPattern.plot`. The later a kind stands, the more it prevails."""
+
 
 def check_whole_number(name: str, value, least: int) -> None:
     """Raises a `ValueError` that names the field unless `value` is a whole number of at least `least`."""
@@ -135,6 +144,56 @@ class BlockPattern:
             np.add.at(counts, (head, row, self.random_blocks[head, row, slot]), 1)
         counts[:, self.global_blocks] = 1
         return counts
+
+    def kinds(self, head: int = 0) -> np.ndarray:
+        """Why each block reads each other block in one head.
+
+        Returns:
+            `int64` array `[num_blocks, num_blocks]` of indices into `KINDS_OF_READING`.
+
+        Raises:
+            ValueError: if there is no such head. (Without random blocks all heads are alike, and any will do.)
+        """
+        counts = self.counts
+        if len(counts) > 1 and not 0 <= head < len(counts):
+            raise ValueError(f"head must be between 0 and {len(counts) - 1}, but is {head}.")
+        none, random, window, global_, repeated = range(len(KINDS_OF_READING))
+        block = np.arange(self.num_blocks)
+        kinds = np.where(counts[head if len(counts) > 1 else 0] > 0, random, none)
+        kinds[abs(block[:, None] - block) <= self.half_window] = window
+        kinds[self.global_blocks] = global_
+        kinds[:, self.global_blocks] = global_
+        if self.first_block_extra:
+            kinds[self.first_row : self.last_row, 0] = repeated
+        return kinds
+
+    def plot(self, ax=None, head: int = 0):
+        """Draws who reads whom: a row for each block that reads, a column for each that is read.
+
+        Args:
+            ax: the matplotlib axes to draw on; those of a new figure by default.
+            head: the attention head; heads differ in their random blocks.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: see `kinds`.
+        """
+        try:
+            from matplotlib import colors, patches, pyplot
+        except ImportError as error:
+            raise ImportError("BlockPattern.plot needs matplotlib: pip install 'bigbird-plus[plot]'.") from error
+        kinds = self.kinds(head)
+        if ax is None:
+            ax = pyplot.figure(layout="constrained").add_subplot()
+        ax.imshow(kinds, cmap=colors.ListedColormap(KINDS_OF_READING.values()), vmin=0, vmax=len(KINDS_OF_READING) - 1)
+        ax.set(xlabel="block that is read", ylabel="block that reads")
+        named = enumerate(KINDS_OF_READING.items())
+        shown = [patches.Patch(color=color, label=name) for kind, (name, color) in named if kind in kinds]
+        ax.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(shown), frameon=False)
+        return ax
 
     def structured_lists(self, rows) -> np.ndarray:
         """The global blocks and the window of each of `rows`, none of which is global, every block once.
