@@ -1,12 +1,12 @@
 """Which block reads which: the one definition of BigBird's sparse pattern (arXiv 2007.14062, section 2)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
 
 import numpy as np
 
-from .random_blocks import NO_BLOCK, draw_random_blocks, draw_uniform_blocks
+from .random_blocks import NO_BLOCK, CausalPlan, draw_random_blocks, draw_uniform_blocks
 
 KINDS_OF_READING = {
     "none": "#f4f4f4",
@@ -71,6 +71,23 @@ class Sparsity:
         """The pattern of one layer for an input of `num_blocks` blocks. Made once, then taken from a bounded cache."""
         random = self.num_random_blocks > 0 and (training or self.eval_random_blocks or not self.is_original_shape)
         return _make_pattern(self, num_blocks, layer_idx if random else None)
+
+    def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "CausalPattern":
+        """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
+        num_leading = (self.num_global_blocks + 1) // 2
+        num_full = self.full_attention_length // self.block_size
+        random_blocks = None
+        if self.num_random_blocks:
+            plan = _causal_plan(
+                num_heads=self.num_attention_heads,
+                num_random_blocks=self.num_random_blocks,
+                first_row=num_full,
+                num_leading=num_leading,
+                window=self.num_sliding_window_blocks,
+                layer_idx=layer_idx,
+            )
+            random_blocks = plan.blocks(num_blocks)
+        return CausalPattern(num_blocks, num_full, num_leading, self.num_sliding_window_blocks, random_blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,3 +256,68 @@ def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) ->
             eligible=BlockPattern(*shape).counts[0] == 0,
         )
     return BlockPattern(*shape, random_blocks=plan)
+
+
+@dataclass(frozen=True, eq=False)
+class CausalPattern:
+    """Which blocks each block of a decoder reads, none of them more than once.
+
+    Blocks are counted from the first real token. The first blocks read everything up to themselves. Any later one reads
+    the leading blocks, the window that ends with itself, and its random blocks. In its own block, a token reads what
+    stands before it, and itself.
+
+    Attributes:
+        num_blocks: blocks of the input.
+        num_full: blocks at its beginning that read everything up to themselves.
+        num_leading: blocks at its beginning that all read.
+        window: blocks of the window.
+        random_blocks: `int64` array `[heads, num_blocks, random]`, or `None`; the first `num_full` rows have no meaning.
+    """
+
+    num_blocks: int
+    num_full: int
+    num_leading: int
+    window: int
+    random_blocks: np.ndarray | None = field(default=None, repr=False)
+
+    first_block_extra = 0
+
+    @property
+    def sparse_rows(self) -> range:
+        """The blocks that do not read everything up to themselves."""
+        return range(min(self.num_full, self.num_blocks), self.num_blocks)
+
+    def for_heads(self, heads) -> "CausalPattern":
+        """The pattern of some of the heads: what is left after others were pruned."""
+        if self.random_blocks is None or len(heads) == len(self.random_blocks):
+            return self
+        return replace(self, random_blocks=self.random_blocks[list(heads)])
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """`int64` array `[heads or 1, num_blocks, num_blocks]`: 1 where block i reads block j, else 0."""
+        heads = 1 if self.random_blocks is None else len(self.random_blocks)
+        block = np.arange(self.num_blocks)
+        distance = block[:, None] - block
+        reads = (distance < self.window) | (block < self.num_leading) | (block[:, None] < self.num_full)
+        counts = np.repeat((reads & (distance >= 0))[None].astype(np.int64), heads, axis=0)
+        if self.random_blocks is not None:
+            rows = np.array(self.sparse_rows, dtype=np.int64)
+            counts[np.arange(heads)[:, None, None], rows[:, None], self.random_blocks[:, rows]] = 1
+        return counts
+
+    def structured_lists(self, rows) -> np.ndarray:
+        """The leading blocks and the window, its own block last, of each of `rows`, all of which are sparse.
+
+        Returns:
+            `int64` array `[rows, leading + window]`.
+        """
+        rows = np.asarray(rows)
+        window = rows[:, None] + np.arange(1 - self.window, 1)
+        leading = np.broadcast_to(np.arange(self.num_leading), (len(rows), self.num_leading))
+        return np.concatenate((leading, window), axis=1)
+
+
+@lru_cache(maxsize=256)
+def _causal_plan(**settings) -> CausalPlan:
+    return CausalPlan(**settings)

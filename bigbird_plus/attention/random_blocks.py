@@ -4,6 +4,8 @@ The draws, and their order, are those of the published implementations, so that 
 there. Nothing here touches NumPy's global generator.
 """
 
+import threading
+
 import numpy as np
 
 PAPER_PLAN_LENGTHS = (1024, 3072, 4096)
@@ -52,6 +54,40 @@ def draw_uniform_blocks(*, num_heads, num_random_blocks, layer_idx, eligible) ->
         for head in range(num_heads):
             _fill(plan[head, row], generator.permutation(candidates))
     return plan
+
+
+class CausalPlan:
+    """The random blocks of a decoder's layer, drawn row after row, so that a longer plan goes on where a shorter one
+    ends. Safe to use from several threads.
+
+    Args:
+        num_heads: heads, each of which draws its own.
+        num_random_blocks: distinct blocks that each row draws.
+        first_row: the first row that draws.
+        num_leading: blocks at the beginning that are not drawn.
+        window: as many blocks up to a row's own, itself included, are not drawn either.
+        layer_idx: seed of the generator.
+    """
+
+    def __init__(self, *, num_heads, num_random_blocks, first_row, num_leading, window, layer_idx):
+        self._generator = np.random.RandomState(layer_idx)
+        self._lock = threading.Lock()
+        self._num_leading, self._window = num_leading, window
+        self._blocks = np.full((num_heads, first_row, num_random_blocks), NO_BLOCK, dtype=np.int64)
+
+    def blocks(self, num_blocks: int) -> np.ndarray:
+        """`int64` array `[num_heads, num_blocks, num_random_blocks]`; rows before the first hold `NO_BLOCK` only."""
+        with self._lock:
+            drawn = self._blocks.shape[1]
+            if drawn < num_blocks:
+                more = [self._draw_row(row) for row in range(drawn, max(num_blocks, 2 * drawn))]
+                self._blocks = np.concatenate((self._blocks, np.stack(more, axis=1)), axis=1)
+            return self._blocks[:, :num_blocks]
+
+    def _draw_row(self, row):
+        heads, _, count = self._blocks.shape
+        candidates = np.arange(self._num_leading, row - self._window + 1)
+        return np.stack([self._generator.permutation(candidates)[:count] for _ in range(heads)])
 
 
 def _draw_paper_plan(plan, generator, block_size, max_position_embeddings):
