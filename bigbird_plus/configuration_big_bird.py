@@ -1,5 +1,8 @@
 """The configuration of BigBird: the fields of the public checkpoints, and those that only bigbird_plus has."""
 
+import math
+from numbers import Real
+
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -114,7 +117,6 @@ class BigBirdConfig(PretrainedConfig):
         self.is_decoder = is_decoder
         self.add_cross_attention = add_cross_attention
         self.tie_word_embeddings = tie_word_embeddings
-        self.check_fields()
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -125,6 +127,7 @@ class BigBirdConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        self.check_fields()
 
     def check_fields(self):
         """Raises a `ValueError` that names the first field whose value makes no model. Models call it, too, since a
@@ -147,10 +150,14 @@ class BigBirdConfig(PretrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
             )
-        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{field} must be between 0 and 1, but is {value!r}.")
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            check_number(field, getattr(self, field), most=1)
+        if self.classifier_dropout is not None:
+            check_number("classifier_dropout", self.classifier_dropout, most=1)
+        for field in ("initializer_range", "layer_norm_eps"):
+            check_number(field, getattr(self, field))
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), but is {self.pad_token_id}.")
         if not callable(self.hidden_act) and self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act must be a callable or the name of an activation of transformers, but is "
@@ -174,6 +181,13 @@ class BigBirdConfig(PretrainedConfig):
         return isinstance(other, PretrainedConfig) and self.__dict__ == other.__dict__
 
     __hash__ = None  # configurations can be changed
+
+
+def check_number(name, value, most=math.inf):
+    """Raises a `ValueError` that names the field unless `value` is a number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
+        limits = "of at least 0" if most == math.inf else f"between 0 and {most}"
+        raise ValueError(f"{name} must be a number {limits}, but is {value!r}.")
 
 
 def check_attention_type(value):
