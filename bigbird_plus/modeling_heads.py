@@ -89,13 +89,13 @@ class BigBirdPredictionHeadTransform(nn.Module):
 
 
 class BigBirdLMPredictionHead(nn.Module):
-    """Scores of the words. `bias` and `decoder.bias` are one parameter under two names."""
+    """Scores of the words. `bias` and `decoder.bias` are one parameter under two names: `tie_weights` sees to it."""
 
     def __init__(self, config):
         super().__init__()
         self.transform = BigBirdPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = self.decoder.bias
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., vocab_size]` from `[..., hidden_size]`."""
@@ -143,17 +143,36 @@ class _LanguageModel(BigBirdPreTrainedModel):
         self.cls.predictions.decoder = new_embeddings
         self.cls.predictions.bias = new_embeddings.bias
 
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, BigBirdLMPredictionHead):
+            nn.init.zeros_(module.bias)
+
     def tie_weights(self, *args, **kwargs):
         """Ties the projection to the embeddings if the configuration says so, and its bias to itself in any case."""
         super().tie_weights(*args, **kwargs)
         predictions, embeddings = self.cls.predictions, self.get_input_embeddings().weight
-        predictions.decoder.bias = predictions.bias
+        if embeddings.is_meta or predictions.decoder.weight.is_meta or predictions.bias.is_meta:
+            return  # nothing is loaded yet: transformers wants to see every name as a parameter of its own
+        # Files hold the bias under either name or both. The one that is missing is zero.
+        if predictions.decoder.bias.any():
+            predictions.bias = predictions.decoder.bias
+        else:
+            predictions.decoder.bias = predictions.bias
         # A file that holds the tied weight twice keeps some versions of transformers from tying it.
         weight = predictions.decoder.weight
-        on_meta = weight.device.type == "meta" or embeddings.device.type == "meta"
-        tied = self.config.tie_word_embeddings and weight is not embeddings and not on_meta
-        if tied and weight.shape == embeddings.shape and torch.equal(weight, embeddings):
+        if self.config.tie_word_embeddings and weight is not embeddings and torch.equal(weight, embeddings):
             predictions.decoder.weight = embeddings
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """As in all models of transformers. If the embeddings are not tied, the bias is written under both its names:
+        version 4 of transformers' own BigBird looks for the one, version 5 for the other."""
+        if not self.config.tie_word_embeddings and not any(parameter.is_meta for parameter in self.parameters()):
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            for name, tensor in state_dict.items():
+                if name.endswith("predictions.decoder.bias"):
+                    state_dict[name] = tensor.clone()
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
 def freeze_pooler(model: BigBirdModel) -> None:
@@ -365,7 +384,8 @@ class BigBirdClassificationHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = classifier_dropout(config)
-        self.activation = activation_function(config.hidden_act)
+        activation = config.classifier_activation
+        self.activation = activation_function(config.hidden_act if activation is None else activation)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

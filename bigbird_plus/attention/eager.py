@@ -29,13 +29,17 @@ def dense_attention(
     Returns:
         The context, `[batch, heads, queries, head_dim]`, and the probabilities, `[batch, heads, queries, keys]`.
     """
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(score_dtype(query)) * scaling
-    if bias is not None:
-        scores = scores + bias
-    probabilities = scores.softmax(dim=-1).to(value.dtype)
+    probabilities = _probabilities(query, key, bias, scaling)
     if dropout:
         probabilities = nn.functional.dropout(probabilities, dropout)
     return torch.matmul(probabilities, value), probabilities
+
+
+def _probabilities(query, key, bias, scaling):
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(score_dtype(query)) * scaling
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1).to(query.dtype)
 
 
 def block_sparse_attention(
@@ -57,10 +61,10 @@ def block_sparse_attention(
     bias = _expand(pattern, block_size, query)
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask[:, None, None], torch.finfo(bias.dtype).min)
-    context, probabilities = dense_attention(query, key, value, bias, scaling=scaling)
+    probabilities = _probabilities(query, key, bias, scaling)
     if key_mask is not None:
-        context, probabilities = (t.masked_fill(~key_mask[:, None, :, None], 0) for t in (context, probabilities))
-    return context, probabilities
+        probabilities = probabilities.masked_fill(~key_mask[:, None, :, None], 0)
+    return torch.matmul(probabilities, value), probabilities
 
 
 def _expand(pattern: BlockPattern, block_size: int, like: Tensor) -> Tensor:
