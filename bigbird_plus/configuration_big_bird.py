@@ -40,6 +40,9 @@ class BigBirdConfig(PretrainedConfig):
         block_size (`int`, defaults to 64): tokens in a block.
         num_random_blocks (`int`, defaults to 3): random blocks that each block reads; 0 is fine.
         classifier_dropout (`float`, *optional*): dropout of classification heads; `None` means `hidden_dropout_prob`.
+        classifier_activation (`str` or callable, *optional*): activation of the sequence classification head; `None`
+            means `hidden_act`. Converted BERT and RoBERTa checkpoints have `"tanh"`. Only bigbird_plus reads this
+            field: transformers' own BigBird ignores it, and gives other logits wherever it is set.
         eval_random_blocks (`bool`, defaults to `False`): read the random blocks of training in evaluation, too, as
             the paper's code did. By default evaluation reads block 0 instead of each of them, which is what
             transformers' own BigBird does.
@@ -83,6 +86,7 @@ class BigBirdConfig(PretrainedConfig):
         num_random_blocks=3,
         classifier_dropout=None,
         *,
+        classifier_activation=None,
         eval_random_blocks=False,
         num_sliding_window_blocks=3,
         num_global_blocks=2,
@@ -110,6 +114,7 @@ class BigBirdConfig(PretrainedConfig):
         self.block_size = block_size
         self.num_random_blocks = num_random_blocks
         self.classifier_dropout = classifier_dropout
+        self.classifier_activation = classifier_activation
         self.eval_random_blocks = eval_random_blocks
         self.num_sliding_window_blocks = num_sliding_window_blocks
         self.num_global_blocks = num_global_blocks
@@ -158,11 +163,9 @@ class BigBirdConfig(PretrainedConfig):
             check_number(field, getattr(self, field))
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), but is {self.pad_token_id}.")
-        if not callable(self.hidden_act) and self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act must be a callable or the name of an activation of transformers, but is "
-                f"{self.hidden_act!r}. Names are the keys of transformers.activations.ACT2FN."
-            )
+        check_activation("hidden_act", self.hidden_act)
+        if self.classifier_activation is not None:
+            check_activation("classifier_activation", self.classifier_activation)
 
     def __init_subclass__(cls, **kwargs):
         # transformers 5 makes a dataclass of every subclass, with a generated __init__ and an __eq__ that compares
@@ -188,6 +191,15 @@ def check_number(name, value, most=math.inf):
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
         limits = "of at least 0" if most == math.inf else f"between 0 and {most}"
         raise ValueError(f"{name} must be a number {limits}, but is {value!r}.")
+
+
+def check_activation(name, value):
+    """Raises a `ValueError` that names the field unless `value` is an activation, or the name of one."""
+    if not callable(value) and value not in ACT2FN:
+        raise ValueError(
+            f"{name} must be a callable or the name of an activation of transformers, but is {value!r}. "
+            "Names are the keys of transformers.activations.ACT2FN."
+        )
 
 
 def check_attention_type(value):
