@@ -1,7 +1,5 @@
 """BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
@@ -12,10 +10,12 @@ from transformers.modeling_outputs import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward, prune_linear_layer
 
-from ._compat import cached_key_length, tokens_in_cache, wants_tuples
+from ._compat import cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
 from .attention import SparseInput, attend_fully, attend_sparsely, make_sparse_input, masks, pad_to_blocks
+from .attention.causal import CausalInput, attend_causally, make_causal_input
 from .attention.pattern import Sparsity
 from .configuration_big_bird import BigBirdConfig, check_attention_type
+from .linear import linear, tanh_gelu
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -26,7 +26,7 @@ def activation_function(hidden_act):
     if callable(hidden_act):
         return hidden_act
     if hidden_act in TANH_GELUS:
-        return partial(nn.functional.gelu, approximate="tanh")
+        return tanh_gelu
     return ACT2FN[hidden_act]
 
 
@@ -77,14 +77,14 @@ class BigBirdSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: SparseInput | Tensor | None,
+        mask: SparseInput | CausalInput | Tensor | None,
         head_mask: Tensor | None = None,
         past_key_values=None,
         cache_position: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The context, `[batch, length, heads * head_dim]`, and the probabilities or None."""
-        key, value = self._split_heads(self.key(hidden_states)), self._split_heads(self.value(hidden_states))
+        key, value = (self._split_heads(linear(layer, hidden_states)) for layer in (self.key, self.value))
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
         if past_key_values is not None:
@@ -92,7 +92,7 @@ class BigBirdSelfAttention(nn.Module):
         return self._attend(hidden_states, key, value, mask, head_mask, output_attentions)
 
     def _attend(self, hidden_states, key, value, mask, head_mask, output_attentions):
-        query = self._split_heads(self.query(hidden_states))
+        query = self._split_heads(linear(self.query, hidden_states))
         how = {
             "scaling": self.head_dim**-0.5,
             "implementation": self.config._attn_implementation,
@@ -102,6 +102,9 @@ class BigBirdSelfAttention(nn.Module):
             pattern = mask.sparsity.pattern(mask.num_blocks, layer_idx=self.layer_idx, training=self.training)
             pattern = pattern.for_heads(self.heads)
             context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, **how)
+        elif isinstance(mask, CausalInput):
+            pattern = mask.sparsity.causal_pattern(mask.num_blocks, layer_idx=self.layer_idx).for_heads(self.heads)
+            context, probabilities = attend_causally(query, key, value, pattern, mask, **how)
         else:
             dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
             context, probabilities = attend_fully(self, query, key, value, mask, dropout=dropout, **how)
@@ -135,8 +138,7 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        key = self._split_heads(self.key(encoder_hidden_states))
-        value = self._split_heads(self.value(encoder_hidden_states))
+        key, value = (self._split_heads(linear(layer, encoder_hidden_states)) for layer in (self.key, self.value))
         if cache is not None:
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
@@ -154,7 +156,7 @@ class BigBirdOutput(nn.Module):
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """`[..., hidden_size]` from `states` of `[..., input_size]`."""
-        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
+        return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
 
 
 class BigBirdAttention(nn.Module):
@@ -193,7 +195,7 @@ class BigBirdIntermediate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., intermediate_size]` from `[..., hidden_size]`."""
-        return self.activation(self.dense(hidden_states))
+        return linear(self.dense, hidden_states, self.activation)
 
 
 class BigBirdLayer(GradientCheckpointingLayer):
@@ -211,7 +213,7 @@ class BigBirdLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: SparseInput | Tensor | None = None,
+        mask: SparseInput | CausalInput | Tensor | None = None,
         head_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_mask: Tensor | None = None,
@@ -408,19 +410,23 @@ class BigBirdModel(BigBirdPreTrainedModel):
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
 
+        wants_tuple_cache = isinstance(past_key_values, (tuple, list))
         past_key_values = self._prepare_cache(past_key_values, use_cache)
-        past = tokens_in_cache(past_key_values)
+        past = tokens_in_cache(past_key_values, cache_position)
         if cache_position is None:
             cache_position = torch.arange(length, device=device) + past
         self._check_length(past, length, position_ids)
         positions = cache_position[None] if position_ids is None else position_ids
 
         hidden_states = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
-        if self._reads_sparsely(length, past_key_values):
+        keys = length if past_key_values is None else cached_key_length(past_key_values, length, cache_position)
+        if not self._reads_sparsely(keys, past_key_values):
+            mask = self._full_mask(attention_mask, position_ids, hidden_states, cache_position, past, keys)
+        elif config.is_decoder:
+            mask = self._causal_input(attention_mask, position_ids, batch, cache_position, past, keys)
+        else:
             mask = self._sparse_input(attention_mask, batch, length, device)
             hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
-        else:
-            mask = self._full_mask(attention_mask, hidden_states, past_key_values, past, cache_position, position_ids)
         outputs = self.encoder(
             hidden_states,
             mask,
@@ -436,21 +442,24 @@ class BigBirdModel(BigBirdPreTrainedModel):
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(outputs.last_hidden_state), **outputs
         )
+        if wants_tuple_cache:
+            output.past_key_values = tuples_of_cache(past_key_values)
         return as_requested(output, return_dict, config)
 
     def _pool(self, hidden_states):
         return None if self.pooler is None else torch.tanh(self.pooler(hidden_states[:, 0]))
 
-    def _reads_sparsely(self, length, past_key_values) -> bool:
-        """Whether this call does: an encoder, with more tokens than the pattern would let a token read anyway."""
+    def _reads_sparsely(self, keys, past_key_values) -> bool:
+        """Whether this call does: if there are more keys than the pattern lets a token read anyway. (A decoder's first
+        tokens read in full all the same.)"""
         sparsity = Sparsity.from_config(self.config)
-        is_encoder = not self.config.is_decoder and past_key_values is None
-        return is_encoder and self.attention_type == "block_sparse" and length > sparsity.full_attention_length
+        knows_how = self.config.is_decoder or past_key_values is None
+        return knows_how and self.attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
     def _prepare_cache(self, past_key_values, use_cache):
         """The cache to use, a new one where a decoder shall return one; None for none."""
         if isinstance(past_key_values, (tuple, list)):
-            past_key_values = DynamicCache(past_key_values)
+            past_key_values = cache_of_tuples(past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.encoder.gradient_checkpointing and self.training:
             use_cache = False
@@ -477,7 +486,17 @@ class BigBirdModel(BigBirdPreTrainedModel):
         mask = masks.padding_mask(attention_mask, batch, length)
         return make_sparse_input(Sparsity.from_config(self.config), mask, batch, length, device)
 
-    def _full_mask(self, attention_mask, hidden_states, cache, past, cache_position, position_ids) -> Tensor | None:
+    def _causal_input(self, attention_mask, position_ids, batch, cache_position, past, keys) -> CausalInput:
+        if attention_mask is None and keys == len(cache_position) and self._packed_documents(position_ids) is not None:
+            raise ValueError(
+                "position_ids start anew within a row, as those of packed documents do. Decoders that read them apart "
+                "need attention_type='original_full', or one row for each document."
+            )
+        return make_causal_input(
+            Sparsity.from_config(self.config), attention_mask, batch=batch, places=cache_position, past=past, keys=keys
+        )
+
+    def _full_mask(self, attention_mask, position_ids, hidden_states, cache_position, past, keys) -> Tensor | None:
         batch, length = hidden_states.shape[:2]
         if attention_mask is None and self.config.is_decoder and cache is None and position_ids is not None:
             attention_mask = masks.same_document_mask(position_ids.expand(batch, -1))
@@ -486,7 +505,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             batch=batch,
             query_positions=cache_position,
             past=past,
-            keys=length if cache is None else cached_key_length(cache, length, cache_position),
+            keys=keys,
             is_causal=self.config.is_decoder,
             dtype=masks.compute_dtype(hidden_states),
             implementation=self.config._attn_implementation,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .masks import additive_mask
-from .pattern import BlockPattern
+from .eager import score_dtype
+from .masks import additive_mask, causal_mask
+from .pattern import BlockPattern, CausalPattern
 from .random_blocks import NO_BLOCK
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -27,13 +28,24 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, key_mask: Tensor | None, *, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern | CausalPattern,
+    key_mask: Tensor | None,
+    *,
+    scaling: float,
 ) -> Tensor:
-    """The context of `eager.block_sparse_attention`, `[batch, heads, length, head_dim]`, from the same arguments."""
-    bias = None if key_mask is None else additive_mask(key_mask, query.dtype)
+    """The context of `eager.block_sparse_attention`, `[batch, heads, length, head_dim]`, from the same arguments. With
+    a `CausalPattern` that of `eager.causal_attention`, for documents that begin at the first place."""
+    merges = query.device.type == "cpu"
+    bias_dtype = score_dtype(query) if merges else query.dtype
+    bias = None if key_mask is None else additive_mask(key_mask, bias_dtype)
     blocked = [_split_into_blocks(tensor, pattern.num_blocks) for tensor in (query, key, value)]
-    if query.device.type == "cpu":
+    if merges:
         context = _MergedFlashAttention.apply(*blocked, bias, pattern, scaling)
+    elif isinstance(pattern, CausalPattern):
+        context = _gathered_causal_attention(*blocked, bias, pattern, scaling)
     else:
         context = _gathered_attention(*blocked, bias, pattern, scaling)
     context = context.flatten(1, 2)
@@ -70,26 +82,26 @@ class _Lists(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def of(cls, pattern: BlockPattern, rows: range, like: Tensor, *, structured: bool) -> "_Lists":
+    def of(cls, pattern: BlockPattern, rows: range, device, dtype: torch.dtype, *, structured: bool) -> "_Lists":
         """The random blocks of `rows`, and with `structured` their global blocks and window, too."""
         lists = torch.from_numpy(pattern.structured_lists(rows))[:, None] if structured else None
         if pattern.random_blocks is not None:
             random = torch.from_numpy(pattern.random_blocks[:, rows.start : rows.stop]).transpose(0, 1)
             lists = random if lists is None else torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=-1)
         empty = lists == NO_BLOCK
-        bias = torch.zeros(lists.shape, dtype=like.dtype).masked_fill_(empty, torch.finfo(like.dtype).min)
+        bias = additive_mask(~empty, dtype)
         if structured and pattern.first_block_extra:
             bias[..., 0] = math.log1p(pattern.first_block_extra)
-        blocks = lists.masked_fill(empty, 0).to(like.device)
-        return cls(blocks, bias.to(like.device) if bias.any() else None)
+        return cls(lists.masked_fill(empty, 0).to(device), bias.to(device) if bias.any() else None)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Of `[batch, blocks, block, heads, dim]` each row's listed blocks, `[batch, rows, heads, keys, dim]`."""
-        heads = self.blocks.shape[1]
-        if heads == 1:
+        """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch, rows, heads, keys, dim]`."""
+        batch, _, block, heads, dim = tensor.shape
+        if self.blocks.shape[1] == 1:
             return tensor[:, self.blocks[:, 0]].flatten(2, 3).transpose(2, 3)
-        head = torch.arange(heads, device=tensor.device)[None, :, None]
-        return tensor.transpose(2, 3)[:, self.blocks, head].flatten(3, 4)
+        pieces = tensor.transpose(2, 3).reshape(-1, block * dim)
+        pieces = pieces.index_select(0, self._places(tensor).flatten())
+        return pieces.view(batch, len(self.blocks), heads, -1, dim)
 
     def scatter_add(self, grad: Tensor, target: Tensor) -> None:
         """The transpose of `gather`: adds `[batch, rows, heads, keys, dim]` to the blocks of `target` it came from."""
@@ -97,10 +109,16 @@ class _Lists(NamedTuple):
         if self.blocks.shape[1] == 1:
             target.index_add_(1, self.blocks.flatten(), grad.transpose(2, 3).reshape(batch, -1, block, heads, dim))
             return
-        total = target.new_zeros(batch, num_blocks * heads, block, dim)
-        head = torch.arange(heads, device=target.device)[None, :, None]
-        total.index_add_(1, (self.blocks * heads + head).flatten(), grad.reshape(batch, -1, block, dim))
+        total = target.new_zeros(batch * num_blocks * heads, block * dim)
+        total.index_add_(0, self._places(target).flatten(), grad.reshape(-1, block * dim))
         target += total.view(batch, num_blocks, heads, block, dim).transpose(2, 3)
+
+    def _places(self, tensor: Tensor) -> Tensor:
+        """`int64`, `[batch, rows, heads, blocks]`: indices among the blocks of all documents and heads, by head."""
+        batch, num_blocks, _, heads, _ = tensor.shape
+        head = torch.arange(heads, device=tensor.device)[:, None]
+        document = torch.arange(batch, device=tensor.device)[:, None, None, None]
+        return (document * num_blocks + self.blocks) * heads + head
 
     def key_bias(self, mask_bias: Tensor | None, block_size: int) -> Tensor | None:
         """What is added to the scores of the gathered keys, broadcastable to `[batch, rows, heads, queries, keys]`."""
@@ -115,23 +133,57 @@ class _Lists(NamedTuple):
 
 def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
     """Block-sparse attention on `[batch, blocks, block, heads, dim]` with plain `scaled_dot_product_attention`."""
-    batch, _, block_size, _, _ = query.shape
     rows = range(pattern.first_row, pattern.last_row)
-    lists = _Lists.of(pattern, rows, query, structured=True)
-    keys, values = (lists.gather(tensor).flatten(0, 1) for tensor in (key, value))
-    key_bias = lists.key_bias(bias, block_size)
-    if key_bias is not None:
-        key_bias = key_bias.expand(batch, -1, -1, block_size, -1).flatten(0, 1)
-    row_query = query[:, rows.start : rows.stop].flatten(0, 1).transpose(1, 2)
-    attend = nn.functional.scaled_dot_product_attention
-    inner = attend(row_query, keys, values, key_bias, scale=scaling).transpose(1, 2).unflatten(0, (batch, -1))
+    inner = _attend_to_lists(query, key, value, bias, pattern, rows, scaling)
     if not pattern.global_blocks:
         return inner
     global_query = _as_sequence(query[:, pattern.global_blocks])
     global_bias = None if bias is None else bias[:, None, None]
+    attend = nn.functional.scaled_dot_product_attention
     outer = attend(global_query, _as_sequence(key), _as_sequence(value), global_bias, scale=scaling)
-    outer = outer.transpose(1, 2).unflatten(1, (-1, block_size))
+    outer = outer.transpose(1, 2).unflatten(1, (-1, query.shape[2]))
     return torch.cat((outer[:, : rows.start], inner, outer[:, rows.start :]), dim=1)
+
+
+def _gathered_causal_attention(query, key, value, bias, pattern, scaling) -> Tensor:
+    """The same for a decoder."""
+    block_size, rows = query.shape[2], pattern.sparse_rows
+    first = [_as_sequence(tensor[:, : rows.start]) for tensor in (query, key, value)]
+    full_bias = _causal_bias(rows.start * block_size, query.device, query.dtype)
+    if bias is not None:
+        full_bias = torch.minimum(full_bias, bias[:, None, None, : len(full_bias)])
+    full = nn.functional.scaled_dot_product_attention(*first, full_bias, scale=scaling)
+    full = full.transpose(1, 2).unflatten(1, (-1, block_size))
+    if not rows:
+        return full
+    window = _causal_bias(block_size, query.device, query.dtype, before=pattern.window - 1)
+    listed = (pattern.num_leading, len(pattern.random_blocks[0, 0]) if pattern.random_blocks is not None else 0)
+    own_block = nn.functional.pad(window, [blocks * block_size for blocks in listed])
+    sparse = _attend_to_lists(query, key, value, bias, pattern, rows, scaling, own_block)
+    return torch.cat((full, sparse), dim=1)
+
+
+def _attend_to_lists(query, key, value, bias, pattern, rows, scaling, own_block=None) -> Tensor:
+    """What `rows` read, gathered: `[batch, rows, block, heads, dim]`. `own_block`, `[block, keys]`, is added to the
+    scores of each row."""
+    batch, _, block_size, _, _ = query.shape
+    lists = _Lists.of(pattern, rows, query.device, query.dtype, structured=True)
+    keys, values = (lists.gather(tensor).flatten(0, 1) for tensor in (key, value))
+    score_bias = lists.key_bias(bias, block_size)
+    if score_bias is not None:
+        score_bias = score_bias.expand(batch, -1, -1, block_size, -1).flatten(0, 1)
+    if own_block is not None:
+        score_bias = own_block if score_bias is None else torch.minimum(score_bias, own_block)
+    row_query = query[:, rows.start : rows.stop].flatten(0, 1).transpose(1, 2)
+    context = nn.functional.scaled_dot_product_attention(row_query, keys, values, score_bias, scale=scaling)
+    return context.transpose(1, 2).unflatten(0, (batch, -1))
+
+
+def _causal_bias(block_size: int, device, dtype: torch.dtype, before: int = 0) -> Tensor:
+    """What hides later tokens from those of a block: `[block, keys]`, the keys being those of `before` blocks before it
+    and its own."""
+    places = torch.arange(block_size, device=device) + before * block_size
+    return additive_mask(causal_mask(places, (before + 1) * block_size), dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,10 +192,12 @@ def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
 
 
 class _DensePart:
-    """Some rows that all read the same blocks. `blocks` is None for all blocks of the document."""
+    """Some rows that all read the same blocks. `blocks` is None for all blocks of the document. With `is_causal` rows
+    and blocks are the first ones, and each token reads those up to itself."""
 
-    def __init__(self, rows, blocks=None, log_counts=None):
+    def __init__(self, rows, blocks=None, log_counts=None, is_causal=False):
         self.rows, self.blocks, self.log_counts = rows, slice(None) if blocks is None else blocks, log_counts
+        self.is_causal = is_causal
 
     def queries(self, tensor):
         """`[batch, blocks, block, heads, dim]` -> `[n, heads, queries, dim]`: what each of n attentions asks."""
@@ -201,14 +255,15 @@ class _GatheredPart(_DensePart):
 
 
 class _WindowPart(_DensePart):
-    """Rows that read the blocks around them. All documents stand in one row of tokens, of which the windows are one
+    """Rows that read the blocks around them: so many `before` and `after` their own. All documents stand in one row of tokens, of which the windows are one
     strided view; n is the number of windows. Those across the border of two documents belong to rows that do not take
-    part: what they give is left out."""
+    part: what they give is left out. `own_block`, `[block, keys]`, is added to the scores of every window."""
 
-    def __init__(self, rows, pattern, batch):
+    def __init__(self, rows, num_blocks, batch, before, after, own_block=None):
         super().__init__(slice(rows.start, rows.stop))
-        self.row_count, self.num_blocks, self.half_window = len(rows), pattern.num_blocks, pattern.half_window
-        self.first, self.last = rows.start, (batch - 1) * pattern.num_blocks + rows.stop
+        self.row_count, self.num_blocks, self.before, self.after = len(rows), num_blocks, before, after
+        self.first, self.last = rows.start, (batch - 1) * num_blocks + rows.stop
+        self.own_block = own_block
 
     def queries(self, tensor):
         return tensor.flatten(0, 1)[self.first : self.last].transpose(1, 2)
@@ -217,7 +272,11 @@ class _WindowPart(_DensePart):
         return self._windows(tensor.flatten(0, 2), tensor.shape[2]).transpose(-1, -2)
 
     def key_bias(self, mask_bias, block_size):
-        return None if mask_bias is None else self._windows(mask_bias.flatten(), block_size)[:, None, None]
+        own_block = None if self.own_block is None else self.own_block[None, None]
+        if mask_bias is None:
+            return own_block
+        bias = self._windows(mask_bias.flatten(), block_size)[:, None, None]
+        return bias if own_block is None else torch.minimum(bias, own_block)
 
     def log_sum_exps(self, tensor):
         rows = tensor.flatten(0, 1)[self.first : self.last]
@@ -235,17 +294,22 @@ class _WindowPart(_DensePart):
     def add_to_blocks(self, grad, target):
         block_size, blocks = target.shape[2], target.flatten(0, 1)
         for place, piece in enumerate(grad.split(block_size, dim=2)):
-            start = self.first - self.half_window + place
+            start = self.first - self.before + place
             blocks[start : start + len(piece)] += piece.transpose(1, 2)
 
     def _windows(self, tokens, block_size):
         """`[tokens, ...]` -> `[windows, ..., window tokens]`."""
-        start, stop = (self.first - self.half_window) * block_size, (self.last + self.half_window) * block_size
-        return tokens[start:stop].unfold(0, (2 * self.half_window + 1) * block_size, block_size)
+        start, stop = (self.first - self.before) * block_size, (self.last + self.after) * block_size
+        return tokens[start:stop].unfold(0, (self.before + 1 + self.after) * block_size, block_size)
 
 
-def _row_groups(pattern: BlockPattern, query: Tensor) -> list[tuple[list | slice, list[_DensePart]]]:
+def _row_groups(
+    pattern: BlockPattern | CausalPattern, query: Tensor
+) -> list[tuple[list | slice, list[_DensePart]]]:
     """The rows of the pattern, each in one group, with the parts that the rows of a group read."""
+    if isinstance(pattern, CausalPattern):
+        return _causal_row_groups(pattern, query)
+    batch, device, dtype = query.shape[0], query.device, score_dtype(query)
     groups = []
     if pattern.global_blocks:
         groups.append((pattern.global_blocks, [_DensePart(pattern.global_blocks)]))
@@ -254,24 +318,42 @@ def _row_groups(pattern: BlockPattern, query: Tensor) -> list[tuple[list | slice
         inner = range(pattern.last_row, pattern.last_row)
     for rows in (range(pattern.first_row, inner.start), range(inner.stop, pattern.last_row)):
         if rows:
-            parts = [_GatheredPart(rows, _Lists.of(pattern, rows, query, structured=True), query.shape[0])]
+            parts = [_GatheredPart(rows, _Lists.of(pattern, rows, device, dtype, structured=True), batch)]
             groups.append((slice(rows.start, rows.stop), parts))
     if inner:
         rows = slice(inner.start, inner.stop)
-        parts = [_WindowPart(inner, pattern, query.shape[0])]
+        parts = [_WindowPart(inner, pattern.num_blocks, batch, pattern.half_window, pattern.half_window)]
         if pattern.global_blocks:
-            parts.append(_DensePart(rows, pattern.global_blocks, _global_log_counts(pattern, query)))
+            parts.append(_DensePart(rows, pattern.global_blocks, _global_log_counts(pattern, device, dtype)))
         if pattern.random_blocks is not None:
-            parts.append(_GatheredPart(inner, _Lists.of(pattern, inner, query, structured=False), query.shape[0]))
+            parts.append(_GatheredPart(inner, _Lists.of(pattern, inner, device, dtype, structured=False), batch))
         groups.append((rows, parts))
     return groups
 
 
-def _global_log_counts(pattern: BlockPattern, like: Tensor) -> Tensor | None:
+def _causal_row_groups(pattern: CausalPattern, query: Tensor) -> list[tuple[slice, list[_DensePart]]]:
+    """The same for a decoder."""
+    batch, device, dtype = query.shape[0], query.device, score_dtype(query)
+    rows = pattern.sparse_rows
+    full = slice(0, rows.start)
+    groups = [(full, [_DensePart(full, full, is_causal=True)])]
+    if rows:
+        before = pattern.window - 1
+        own_block = _causal_bias(query.shape[2], device, dtype, before)
+        parts = [_WindowPart(rows, pattern.num_blocks, batch, before, 0, own_block)]
+        if pattern.num_leading:
+            parts.append(_DensePart(slice(rows.start, rows.stop), slice(0, pattern.num_leading)))
+        if pattern.random_blocks is not None:
+            parts.append(_GatheredPart(rows, _Lists.of(pattern, rows, device, dtype, structured=False), batch))
+        groups.append((slice(rows.start, rows.stop), parts))
+    return groups
+
+
+def _global_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tensor | None:
     """The logarithm of how many times the rows that are not global read each global block; None for once each."""
     if not pattern.first_block_extra:
         return None
-    log_counts = torch.zeros(len(pattern.global_blocks), dtype=like.dtype, device=like.device)
+    log_counts = torch.zeros(len(pattern.global_blocks), dtype=dtype, device=device)
     log_counts[0] = math.log1p(pattern.first_block_extra)
     return log_counts
 
@@ -291,6 +373,7 @@ class _MergedFlashAttention(torch.autograd.Function):
                     part.queries(query),
                     part.keys(key),
                     part.keys(value),
+                    is_causal=part.is_causal,
                     attn_mask=part.key_bias(bias, block_size),
                     scale=scaling,
                 )
@@ -306,10 +389,12 @@ class _MergedFlashAttention(torch.autograd.Function):
     def backward(ctx, grad_output):
         query, key, value, bias, output, log_sum_exp = ctx.saved_tensors
         batch, block_size = query.shape[0], query.shape[2]
-        grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_key, grad_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
         for rows, parts in _row_groups(ctx.pattern, query):
+            grad_rows = None
             for part in parts:
-                grad_query, grad_key, grad_value = _flash_backward(
+                grads = _flash_backward(
                     part.queries(grad_output),
                     part.queries(query),
                     part.keys(key),
@@ -317,14 +402,16 @@ class _MergedFlashAttention(torch.autograd.Function):
                     part.queries(output),
                     part.log_sum_exps(log_sum_exp),
                     0.0,
-                    False,
+                    part.is_causal,
                     attn_mask=part.key_bias(bias, block_size),
                     scale=ctx.scaling,
                 )
-                grads[0][:, rows] += part.to_rows(grad_query, batch, block_size)
-                part.add_to_blocks(grad_key, grads[1])
-                part.add_to_blocks(grad_value, grads[2])
-        return *grads, None, None, None
+                part_rows = part.to_rows(grads[0], batch, block_size)
+                grad_rows = part_rows if grad_rows is None else grad_rows + part_rows
+                part.add_to_blocks(grads[1], grad_key)
+                part.add_to_blocks(grads[2], grad_value)
+            grad_query[:, rows] = grad_rows
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 def _merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

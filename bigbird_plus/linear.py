@@ -1,0 +1,107 @@
+"""Linear layers by oneDNN's matrix product on CPUs where that is the faster one.
+
+torch carries two matrix products for CPUs. In float32 it takes MKL's, which on AMD's processors runs at a good half of
+the speed of oneDNN's. Which of them runs here depends on the processor's vendor and the dtype alone, never on a
+timing: results do not vary from process to process.
+"""
+
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
+"""GELU in its tanh approximation, which oneDNN computes together with the product before it."""
+
+
+def linear(layer: nn.Module, states: Tensor, activation=None) -> Tensor:
+    """`activation(layer(states))`; without an activation, `layer(states)`.
+
+    Args:
+        layer: an `nn.Linear`, or what stands in the place of one: an adapter, a quantized layer. Only a plain one, not
+            watched by hooks, is taken to the faster product.
+        states: `[..., in_features]`.
+        activation: a function of one tensor.
+
+    Returns:
+        `[..., out_features]`.
+    """
+    if not _is_plain(layer) or not prefers_onednn(states) or not _suits(layer.weight, states):
+        states = layer(states)
+        return states if activation is None else activation(states)
+    fused = activation is tanh_gelu and not torch.is_grad_enabled()
+    product = _product if not torch.is_grad_enabled() else _OneDnnLinear.apply
+    if fused:
+        return _product(states, layer.weight, layer.bias, "gelu", "tanh")
+    states = product(states, layer.weight, layer.bias)
+    return states if activation is None else activation(states)
+
+
+def prefers_onednn(states: Tensor) -> bool:
+    """Whether products with these states are oneDNN's rather than torch's default."""
+    if states.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_autocast_enabled("cpu") or not _has_onednn():
+        return False
+    return states.dtype is torch.float32 and _vendor_is_amd()
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether this torch has the operator, which is not part of its public interface."""
+    try:
+        one = torch.ones(1, 1)
+        return torch.backends.mkldnn.is_available() and _product(one, one, None).item() == 1
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+@cache
+def _vendor_is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` is nothing but a product with its weight."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and not layer._backward_pre_hooks
+    )
+
+
+def _suits(weight: Tensor, states: Tensor) -> bool:
+    return weight.dtype == states.dtype and weight.device == states.device and states.numel() > 0
+
+
+def _product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], algorithm)
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """`states weight^T + bias`, with its gradients."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias):
+        ctx.save_for_backward(states, weight)
+        ctx.has_bias = bias is not None
+        return _product(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        states, weight = ctx.saved_tensors
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad.contiguous(), weight.t().contiguous(), None) if needs_states else None,
+            rows.t() @ states.flatten(0, -2) if needs_weight else None,
+            rows.sum(0) if ctx.has_bias and needs_bias else None,
+        )
