@@ -112,13 +112,23 @@ def test_unknown_keys_survive_a_round_trip(tmp_path):
 
 
 def test_every_field_survives_a_round_trip(tmp_path):
-    values = {
-        **tiny_settings(),
-        **{"attention_type": "original_full", "use_bias": False, "rescale_embeddings": True, "is_decoder": True},
-        **{"classifier_dropout": 0.25, "eval_random_blocks": True, "num_sliding_window_blocks": 5},
-        **{"num_global_blocks": 4, "hidden_act": "relu", "layer_norm_eps": 1e-6, "initializer_range": 0.1},
-        **{"tie_word_embeddings": False, "add_cross_attention": True, "use_cache": False, "sep_token_id": 7},
-    }
+    values = tiny_settings(
+        attention_type="original_full",
+        use_bias=False,
+        rescale_embeddings=True,
+        is_decoder=True,
+        add_cross_attention=True,
+        use_cache=False,
+        tie_word_embeddings=False,
+        sep_token_id=7,
+        classifier_dropout=0.25,
+        hidden_act="relu",
+        layer_norm_eps=1e-6,
+        initializer_range=0.1,
+        eval_random_blocks=True,
+        num_sliding_window_blocks=5,
+        num_global_blocks=4,
+    )
     again = reload(BigBirdConfig(**values), tmp_path)
     assert {field: getattr(again, field) for field in values} == values
 
