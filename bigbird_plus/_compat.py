@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 _MASK_SIZES_TAKE_POSITIONS = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
 
@@ -14,12 +14,31 @@ def cached_key_length(cache, queries: int, cache_position: torch.Tensor) -> int:
     return cache.get_mask_sizes(cache_position if _MASK_SIZES_TAKE_POSITIONS else queries, 0)[0]
 
 
-def tokens_in_cache(cache) -> int | torch.Tensor:
-    """How many tokens a cache holds; a tensor while a graph with a static cache is traced."""
+def tokens_in_cache(cache, cache_position: torch.Tensor | None = None) -> int | torch.Tensor:
+    """How many tokens a cache holds; a tensor while a graph with a static cache is traced. Some versions count them by
+    looking through all keys, so the place of the first new token is asked first, where it is given."""
     if cache is None:
         return 0
-    tokens = _self_attention_cache(cache).get_seq_length()
+    tokens = _self_attention_cache(cache).get_seq_length() if cache_position is None else cache_position[0]
     return tokens if torch.compiler.is_compiling() else int(tokens)
+
+
+def cache_of_tuples(past_key_values: tuple | list) -> Cache:
+    """The cache that holds what early versions kept in tuples, one a layer: keys and values, perhaps followed by those
+    of cross-attention."""
+    cache = DynamicCache([layer[:2] for layer in past_key_values])
+    if past_key_values and len(past_key_values[0]) == 4:
+        return EncoderDecoderCache(cache, DynamicCache([layer[2:] for layer in past_key_values]))
+    return cache
+
+
+def tuples_of_cache(cache: Cache) -> tuple:
+    """The reverse of `cache_of_tuples`."""
+    caches = (cache,)
+    if isinstance(cache, EncoderDecoderCache):
+        caches = (cache.self_attention_cache, cache.cross_attention_cache)
+    per_layer = zip(*(one.layers for one in caches), strict=True)
+    return tuple(sum(((layer.keys, layer.values) for layer in layers), ()) for layers in per_layer)
 
 
 def _self_attention_cache(cache):

@@ -420,10 +420,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
 
         hidden_states = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
         keys = length if past_key_values is None else cached_key_length(past_key_values, length, cache_position)
+        packed = position_ids if config.is_decoder and past_key_values is None and attention_mask is None else None
         if not self._reads_sparsely(keys, past_key_values):
-            mask = self._full_mask(attention_mask, position_ids, hidden_states, cache_position, past, keys)
+            mask = self._full_mask(attention_mask, packed, hidden_states, cache_position, past, keys)
         elif config.is_decoder:
-            mask = self._causal_input(attention_mask, position_ids, batch, cache_position, past, keys)
+            mask = self._causal_input(attention_mask, packed, batch, cache_position, past, keys)
         else:
             mask = self._sparse_input(attention_mask, batch, length, device)
             hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
@@ -486,20 +487,20 @@ class BigBirdModel(BigBirdPreTrainedModel):
         mask = masks.padding_mask(attention_mask, batch, length)
         return make_sparse_input(Sparsity.from_config(self.config), mask, batch, length, device)
 
-    def _causal_input(self, attention_mask, position_ids, batch, cache_position, past, keys) -> CausalInput:
-        if attention_mask is None and keys == len(cache_position) and self._packed_documents(position_ids) is not None:
+    def _causal_input(self, attention_mask, packed, batch, cache_position, past, keys) -> CausalInput:
+        if packed is not None and not torch.compiler.is_compiling() and masks.document_starts(packed).any():
             raise ValueError(
-                "position_ids start anew within a row, as those of packed documents do. Decoders that read them apart "
-                "need attention_type='original_full', or one row for each document."
+                "position_ids start anew within a row, as those of packed documents do. Give each document a row of "
+                "its own, or use attention_type='original_full'."
             )
         return make_causal_input(
             Sparsity.from_config(self.config), attention_mask, batch=batch, places=cache_position, past=past, keys=keys
         )
 
-    def _full_mask(self, attention_mask, position_ids, hidden_states, cache_position, past, keys) -> Tensor | None:
-        batch, length = hidden_states.shape[:2]
-        if attention_mask is None and self.config.is_decoder and cache is None and position_ids is not None:
-            attention_mask = masks.same_document_mask(position_ids.expand(batch, -1))
+    def _full_mask(self, attention_mask, packed, hidden_states, cache_position, past, keys) -> Tensor | None:
+        batch = hidden_states.shape[0]
+        if packed is not None:
+            attention_mask = masks.same_document_mask(packed.expand(batch, -1))
         return masks.full_attention_mask(
             attention_mask,
             batch=batch,

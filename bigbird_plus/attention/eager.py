@@ -6,7 +6,8 @@ Quadratic in the length. All faster engines are tested against this one.
 import torch
 from torch import Tensor, nn
 
-from .pattern import BlockPattern
+from .masks import additive_mask
+from .pattern import BlockPattern, CausalPattern
 
 
 def score_dtype(tensor: Tensor) -> torch.dtype:
@@ -72,3 +73,48 @@ def _expand(pattern: BlockPattern, block_size: int, like: Tensor) -> Tensor:
     dtype = score_dtype(like)
     log_counts = torch.from_numpy(pattern.counts).to(like.device, dtype).log().clamp(min=torch.finfo(dtype).min)
     return log_counts.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[None]
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: CausalPattern,
+    *,
+    block_size: int,
+    places: Tensor,
+    offset: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a decoder's tokens to those before them, from the blocks that `pattern.counts` names.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, heads, keys, head_dim]`, those of earlier calls included.
+        pattern: which block reads which.
+        block_size: tokens in a block.
+        places: `int64`, `[queries]`: places of the queries among the keys.
+        offset: `int64`, `[batch]`: place of the first real token of each sequence; None where it is 0 throughout.
+        key_mask: `bool`, `[batch, keys]`, False where a token is padding; None where none behind the first real token
+            is. Padding is not read, and what it reads is zero: context and probabilities.
+        scaling: what the scores are multiplied by.
+
+    Returns:
+        The context, `[batch, heads, queries, head_dim]`, and the probabilities, `[batch, heads, queries, keys]`.
+    """
+    start = 0 if offset is None else offset[:, None]
+    query_places = places[None] - start
+    key_places = torch.arange(key.shape[2], device=key.device)[None] - start
+    query_block, key_block = (
+        (tensor // block_size).clamp(0, pattern.num_blocks - 1) for tensor in (query_places, key_places)
+    )
+    counts = torch.from_numpy(pattern.counts).to(key.device)
+    reads = counts[:, query_block[:, :, None], key_block[:, None]].transpose(0, 1) > 0
+    reads = reads & ((key_places[:, None] <= query_places[:, :, None]) & (key_places[:, None] >= 0))[:, None]
+    is_real = query_places >= 0
+    if key_mask is not None:
+        reads, is_real = reads & key_mask[:, None, None], is_real & key_mask[:, places]
+    probabilities = _probabilities(query, key, additive_mask(reads, score_dtype(query)), scaling)
+    probabilities = probabilities.masked_fill(~is_real[:, None, :, None], 0)
+    return torch.matmul(probabilities, value), probabilities

@@ -104,6 +104,53 @@ def cross_attention_mask(
     return expanded if expanded.is_floating_point() else additive_mask(expanded, dtype)
 
 
+def decoder_key_mask(
+    attention_mask: Tensor | None, *, batch: int, query_positions: Tensor, past: int | Tensor, keys: int
+) -> Tensor | None:
+    """Which keys of a sparse decoder are real tokens; arguments as in `full_attention_mask`.
+
+    A mask of `[batch, 1 or heads, queries, keys]` is accepted if it says no more than one of `[batch, keys]` together
+    with causality, as those that `generate` makes for static caches do.
+
+    Returns:
+        `bool`, `[batch, keys]`, or None where all that can be read are known to be real.
+
+    Raises:
+        ValueError: if the mask does not fit.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        mask = _keys_of_causal_mask(attention_mask, batch, query_positions, keys)
+    elif attention_mask.dim() == 2:
+        _check_covers_keys(attention_mask, batch, past, len(query_positions), is_causal=True)
+        mask = _fit_keys(attention_mask != 0, keys)
+    else:
+        raise ValueError(
+            f"attention_mask has the shape {list(attention_mask.shape)}, but a decoder with block-sparse attention "
+            "takes [batch, length]. Masks of more dimensions need attention_type='original_full'."
+        )
+    if may_read_values(mask) and isinstance(past, int) and mask[:, : past + len(query_positions)].all():
+        return None
+    return mask
+
+
+def _keys_of_causal_mask(attention_mask, batch, query_positions, keys):
+    """The last query of a piece reads whatever is real, up to itself."""
+    expanded = expand_mask(attention_mask, batch, len(query_positions), keys)
+    reads = expanded >= 0 if expanded.is_floating_point() else expanded
+    mask = reads[:, 0, -1].expand(batch, -1)
+    if may_read_values(mask):
+        expected = mask[:, None, None] & causal_mask(query_positions, keys)
+        is_real = mask[:, query_positions][:, None, :, None]
+        if ((reads != expected) & is_real).any():
+            raise ValueError(
+                "attention_mask hides more than padding and later tokens. Masks of four dimensions that do so need "
+                "attention_type='original_full'."
+            )
+    return mask
+
+
 def _passes_masks_unexpanded(implementation: str) -> bool:
     """Whether the attention function is one of the flash attention packages, which take `[batch, keys]`."""
     return implementation.startswith("flash_attention")
@@ -140,10 +187,16 @@ def causal_mask(query_positions: Tensor, key_length: int) -> Tensor:
     return keys <= query_positions[:, None]
 
 
+def document_starts(position_ids: Tensor) -> Tensor:
+    """`bool`, `[batch, length]`: where in a row another document starts, when several are packed into it: wherever the
+    positions do not go on by one."""
+    return torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+
+
 def same_document_mask(position_ids: Tensor) -> Tensor | None:
     """`bool`, `[batch, length, length]`: whether two tokens belong together where several documents are packed into
-    one row. A new document starts wherever the positions do not go on by one. None if none is known to."""
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    one row. None if none are known to be."""
+    starts = document_starts(position_ids)
     if may_read_values(starts) and not starts.any():
         return None
     document = starts.cumsum(-1)

@@ -262,16 +262,17 @@ def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) ->
 class CausalPattern:
     """Which blocks each block of a decoder reads, none of them more than once.
 
-    Blocks are counted from the first real token. The first blocks read everything up to themselves. Any later one reads
-    the leading blocks, the window that ends with itself, and its random blocks. In its own block, a token reads what
-    stands before it, and itself.
+    Blocks are counted from the first real token. The first blocks read everything up to themselves. Any later one
+    reads the leading blocks, the window that ends with itself, and its random blocks. In its own block, a token reads
+    what stands before it, and itself.
 
     Attributes:
         num_blocks: blocks of the input.
         num_full: blocks at its beginning that read everything up to themselves.
         num_leading: blocks at its beginning that all read.
         window: blocks of the window.
-        random_blocks: `int64` array `[heads, num_blocks, random]`, or `None`; the first `num_full` rows have no meaning.
+        random_blocks: `int64` array `[heads, num_blocks, random]`, or `None`. Of the first `num_full` rows it says
+            nothing.
     """
 
     num_blocks: int
@@ -302,20 +303,28 @@ class CausalPattern:
         reads = (distance < self.window) | (block < self.num_leading) | (block[:, None] < self.num_full)
         counts = np.repeat((reads & (distance >= 0))[None].astype(np.int64), heads, axis=0)
         if self.random_blocks is not None:
-            rows = np.array(self.sparse_rows, dtype=np.int64)
+            rows = np.arange(self.sparse_rows.start, self.num_blocks)
             counts[np.arange(heads)[:, None, None], rows[:, None], self.random_blocks[:, rows]] = 1
         return counts
 
-    def structured_lists(self, rows) -> np.ndarray:
+    def structured_lists(self, rows: range) -> np.ndarray:
         """The leading blocks and the window, its own block last, of each of `rows`, all of which are sparse.
 
         Returns:
             `int64` array `[rows, leading + window]`.
         """
-        rows = np.asarray(rows)
-        window = rows[:, None] + np.arange(1 - self.window, 1)
-        leading = np.broadcast_to(np.arange(self.num_leading), (len(rows), self.num_leading))
+        row = np.arange(rows.start, rows.stop)
+        window = row[:, None] + np.arange(1 - self.window, 1)
+        leading = np.broadcast_to(np.arange(self.num_leading), (len(row), self.num_leading))
         return np.concatenate((leading, window), axis=1)
+
+    def lists(self, rows: range) -> np.ndarray:
+        """All blocks that each of `rows` reads: `int64` array `[rows, heads or 1, blocks]`, random ones last."""
+        lists = self.structured_lists(rows)[:, None]
+        if self.random_blocks is None:
+            return lists
+        random = self.random_blocks[:, rows.start : rows.stop].swapaxes(0, 1)
+        return np.concatenate((np.repeat(lists, random.shape[1], axis=1), random), axis=2)
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ Global blocks read everything: a dense attention with few rows. For the others t
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -38,7 +39,7 @@ def block_sparse_attention(
 ) -> Tensor:
     """The context of `eager.block_sparse_attention`, `[batch, heads, length, head_dim]`, from the same arguments. With
     a `CausalPattern` that of `eager.causal_attention`, for documents that begin at the first place."""
-    merges = query.device.type == "cpu"
+    merges = _can_merge(query)
     bias_dtype = score_dtype(query) if merges else query.dtype
     bias = None if key_mask is None else additive_mask(key_mask, bias_dtype)
     blocked = [_split_into_blocks(tensor, pattern.num_blocks) for tensor in (query, key, value)]
@@ -52,6 +53,11 @@ def block_sparse_attention(
     if key_mask is not None:
         context = context * key_mask[:, :, None, None]
     return context.transpose(1, 2)
+
+
+def _can_merge(query: Tensor) -> bool:
+    """Whether flash attention tells the log-sum-exp of its scores here."""
+    return query.device.type == "cpu"
 
 
 def _split_into_blocks(tensor: Tensor, num_blocks: int) -> Tensor:
@@ -84,15 +90,19 @@ class _Lists(NamedTuple):
     @classmethod
     def of(cls, pattern: BlockPattern, rows: range, device, dtype: torch.dtype, *, structured: bool) -> "_Lists":
         """The random blocks of `rows`, and with `structured` their global blocks and window, too."""
-        lists = torch.from_numpy(pattern.structured_lists(rows))[:, None] if structured else None
+        parts = [pattern.structured_lists(rows)[:, None]] if structured else []
         if pattern.random_blocks is not None:
-            random = torch.from_numpy(pattern.random_blocks[:, rows.start : rows.stop]).transpose(0, 1)
-            lists = random if lists is None else torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=-1)
+            parts.append(pattern.random_blocks[:, rows.start : rows.stop].swapaxes(0, 1))
+        lists = np.concatenate([np.broadcast_to(part, (len(rows), parts[-1].shape[1], part.shape[2])) for part in parts], 2)
         empty = lists == NO_BLOCK
-        bias = additive_mask(~empty, dtype)
-        if structured and pattern.first_block_extra:
-            bias[..., 0] = math.log1p(pattern.first_block_extra)
-        return cls(lists.masked_fill(empty, 0).to(device), bias.to(device) if bias.any() else None)
+        blocks = torch.from_numpy(np.where(empty, 0, lists)).to(device)
+        first_block_extra = pattern.first_block_extra if structured else 0
+        if not first_block_extra and not empty.any():
+            return cls(blocks, None)
+        bias = additive_mask(torch.from_numpy(~empty), dtype)
+        if first_block_extra:
+            bias[..., 0] = math.log1p(first_block_extra)
+        return cls(blocks, bias.to(device))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch, rows, heads, keys, dim]`."""
@@ -180,8 +190,8 @@ def _attend_to_lists(query, key, value, bias, pattern, rows, scaling, own_block=
 
 
 def _causal_bias(block_size: int, device, dtype: torch.dtype, before: int = 0) -> Tensor:
-    """What hides later tokens from those of a block: `[block, keys]`, the keys being those of `before` blocks before it
-    and its own."""
+    """What hides later tokens from those of a block: `[block, keys]`, the keys being those of `before` blocks before
+    it and its own."""
     places = torch.arange(block_size, device=device) + before * block_size
     return additive_mask(causal_mask(places, (before + 1) * block_size), dtype)
 
@@ -255,9 +265,10 @@ class _GatheredPart(_DensePart):
 
 
 class _WindowPart(_DensePart):
-    """Rows that read the blocks around them: so many `before` and `after` their own. All documents stand in one row of tokens, of which the windows are one
-    strided view; n is the number of windows. Those across the border of two documents belong to rows that do not take
-    part: what they give is left out. `own_block`, `[block, keys]`, is added to the scores of every window."""
+    """Rows that read the blocks around them: so many `before` and `after` their own. All documents stand in one row of
+    tokens, of which the windows are one strided view; n is the number of windows. Those across the border of two
+    documents belong to rows that do not take part: what they give is left out. `own_block`, `[block, keys]`, is added
+    to the scores of every window."""
 
     def __init__(self, rows, num_blocks, batch, before, after, own_block=None):
         super().__init__(slice(rows.start, rows.stop))
@@ -303,9 +314,7 @@ class _WindowPart(_DensePart):
         return tokens[start:stop].unfold(0, (self.before + 1 + self.after) * block_size, block_size)
 
 
-def _row_groups(
-    pattern: BlockPattern | CausalPattern, query: Tensor
-) -> list[tuple[list | slice, list[_DensePart]]]:
+def _row_groups(pattern: BlockPattern | CausalPattern, query: Tensor) -> list[tuple[list | slice, list[_DensePart]]]:
     """The rows of the pattern, each in one group, with the parts that the rows of a group read."""
     if isinstance(pattern, CausalPattern):
         return _causal_row_groups(pattern, query)
