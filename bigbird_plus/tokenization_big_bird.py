@@ -96,7 +96,7 @@ def settings_without(reserved: set[str], kwargs: dict[str, Any]) -> dict[str, An
 
     4.x's fast class saves every reserved piece in `added_tokens_decoder`, 5.x's in `extra_special_tokens`. There they
     would be cut out before SentencePiece sees the text, which gives other ids. Special tokens that somebody chose
-    stay, as nobody chooses all reserved pieces. Extra special tokens leave under the older name, known to all versions.
+    stay, as nobody chooses all reserved pieces. Extra special tokens leave under the name that all versions know.
     """
     kwargs = dict(kwargs)
     added = kwargs.get("added_tokens_decoder") or {}
