@@ -155,7 +155,7 @@ class _LanguageModel(BigBirdPreTrainedModel):
         if embeddings.is_meta or predictions.decoder.weight.is_meta or predictions.bias.is_meta:
             return  # nothing is loaded yet: transformers wants to see every name as a parameter of its own
         # Files hold the bias under either name or both. The one that is missing is zero.
-        if predictions.decoder.bias.any():
+        if not predictions.decoder.bias.is_meta and predictions.decoder.bias.any():
             predictions.bias = predictions.decoder.bias
         else:
             predictions.decoder.bias = predictions.bias
@@ -673,6 +673,8 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
         if question_lengths is None:
             if input_ids is None:
                 return None
+            if self.config.sep_token_id is None:
+                raise ValueError("Give question_lengths: config.sep_token_id, where questions would end, is None.")
             question_lengths = (input_ids == self.config.sep_token_id).int().argmax(-1) + 1
         return torch.arange(length, device=question_lengths.device) < question_lengths.reshape(-1, 1)
 
