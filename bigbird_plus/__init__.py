@@ -2,6 +2,7 @@
 
 from .attention import block_sparse_attention
 from .attention.pattern import BlockPattern, Sparsity
+from .auto import register, unregister
 from .configuration_big_bird import BigBirdConfig
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
 from .modeling_heads import (
@@ -15,6 +16,8 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
+from .tokenization_big_bird import BigBirdTokenizer
+from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
 __version__ = "0.1.0"
 
@@ -31,7 +34,13 @@ __all__ = [
     "BigBirdForTokenClassification",
     "BigBirdModel",
     "BigBirdPreTrainedModel",
+    "BigBirdTokenizer",
+    "BigBirdTokenizerFast",
     "BlockPattern",
     "Sparsity",
     "block_sparse_attention",
+    "register",
+    "unregister",
 ]
+
+register()
