@@ -1,0 +1,163 @@
+"""The command `bigbird-plus`. A command reads its arguments, calls the library and prints what comes back."""
+
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Annotated
+
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from .attention.pattern import Sparsity
+from .configuration_big_bird import BigBirdConfig
+from .demo import attention_in_use, document, mask_words, write_untrained_checkpoint
+from .environment import describe_environment
+
+app = typer.Typer(help="BigBird for transformers: long documents in linear time.", add_completion=False)
+
+ModelOption = Annotated[str, typer.Option("--model", help="A local folder, or a name on the Hub.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. Wrong input gives one line on standard error, and exit status 2."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    usage_error = typer.BadParameter.__base__  # typer has no public name for the class of all of them
+    try:
+        status = app(arguments, standalone_mode=False)
+    except usage_error as error:
+        _refuse(f"{error.format_message().rstrip('.')}. See bigbird-plus --help.")
+    except (OSError, ValueError, ImportError) as error:
+        _refuse(str(error))
+    except typer.Abort:
+        status = 130
+    sys.exit(status)
+
+
+def _refuse(message: str) -> None:
+    print("Error:", textwrap.shorten(message, width=300, placeholder=" ..."), file=sys.stderr)
+    sys.exit(2)
+
+
+@app.command()
+def demo() -> None:
+    """Fill in words of a long document: offline, by a small model made for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_untrained_checkpoint(folder)
+        model = AutoModelForMaskedLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        _fill_in_document(model, tokenizer)
+
+
+def _fill_in_document(model, tokenizer) -> None:
+    text, words = mask_words(document(), tokenizer.mask_token, count=6)
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
+    fill(text)  # the first call is slower
+    start = time.perf_counter()
+    predictions = fill(text)
+    seconds = time.perf_counter() - start
+
+    table = Table(
+        "text", "word left out", "predictions (probability)", title="The Apache License 2.0, with words left out"
+    )
+    for word, best in zip(words, predictions, strict=True):
+        before = "..." + word.string[max(0, word.start() - 30) : word.start()]
+        table.add_row(Text(before + tokenizer.mask_token), Text(word[0]), _in_one_line(best))
+    length = len(tokenizer(text).input_ids)
+    attention_type, implementation = attention_in_use(model, length)
+    facts = {
+        "weights": "untrained (random): the predictions are guesses",
+        "model": f"{type(model).__module__.split('.')[0]}.{type(model).__name__}, loaded by path",
+        "attention type": attention_type,
+        "implementation": implementation,
+        "document": f"{length:,} tokens",
+        "speed": f"{length / seconds:,.0f} tokens per second on {fill.device}",
+    }
+    console = Console()
+    console.print(table, _as_table(facts))
+
+
+@app.command()
+def fill_mask(
+    model: ModelOption,
+    text: Annotated[str | None, typer.Argument(help="With [MASK] for a word. Default: standard input.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Predictions for each mask.")] = 5,
+) -> None:
+    """Predict the words that a text has [MASK] for."""
+    tokenizer = _load(AutoTokenizer, model)
+    text = sys.stdin.read().strip() if text is None else text
+    if tokenizer.mask_token is None or tokenizer.mask_token not in text:
+        raise ValueError(f"The text must have {tokenizer.mask_token or 'a mask token'} in the place of a word.")
+    fill = pipeline("fill-mask", model=_load(AutoModelForMaskedLM, model), tokenizer=tokenizer, top_k=top_k)
+    predictions = fill(text)
+    predictions = predictions if isinstance(predictions[0], list) else [predictions]
+    table = Table("mask", "word", "probability")
+    for number, best in enumerate(predictions, start=1):
+        for prediction in best:
+            table.add_row(str(number), Text(prediction["token_str"].strip()), f"{prediction['score']:.2g}")
+    Console().print(table)
+
+
+@app.command()
+def plot_attention(
+    output: Annotated[Path, typer.Argument(help="The picture to write.")] = Path("attention.png"),
+    model: Annotated[str | None, typer.Option(help="Whose pattern: a local folder, or a name on the Hub.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the input.")] = 4096,
+    layer: Annotated[int, typer.Option(min=0, help="Layer whose random blocks are shown.")] = 0,
+    head: Annotated[int, typer.Option(min=0, help="Head whose random blocks are shown.")] = 0,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Show what is read in evaluation, not in training.")
+    ] = False,
+) -> None:
+    """Draw which blocks of an input read which, and why."""
+    config = BigBirdConfig() if model is None else _load(AutoConfig, model)
+    if not isinstance(config, BigBirdConfig):
+        raise ValueError(f"--model must be a BigBird, but {model} is a {config.model_type}.")
+    sparsity = Sparsity.from_config(config)
+    if length <= sparsity.full_attention_length:
+        raise ValueError(
+            f"--length must be more than {sparsity.full_attention_length}, but is {length}: "
+            "shorter inputs are read in full."
+        )
+    pattern = sparsity.pattern(-(-length // sparsity.block_size), layer_idx=layer, training=not evaluation)
+    axes = pattern.plot(head=head)
+    axes.set_title(f"{length:,} tokens in blocks of {sparsity.block_size}")
+    axes.figure.savefig(output, dpi=150)
+    print(output)
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices and which attention runs."""
+    Console().print(_as_table(describe_environment()))
+
+
+def _load(auto_class, name: str):
+    """What transformers has under a name, or an error that begins with it."""
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: {error}") from error
+
+
+def _in_one_line(predictions: list[dict]) -> Text:
+    return Text(", ".join(f"{best['token_str'].strip()} ({best['score']:.2g})" for best in predictions))
+
+
+def _as_table(facts: dict[str, str]) -> Table:
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What `bigbird-plus demo` shows: a small BigBird on disk, and a real document with words to fill in."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from .attention.pattern import Sparsity
+from .configuration_big_bird import BigBirdConfig
+from .modeling_heads import BigBirdForMaskedLM
+
+DATA = Path(__file__).parent / "data"
+
+
+def write_untrained_checkpoint(folder: str | Path) -> None:
+    """Makes a small BigBird with random weights (the same ones every time) in the layout of the public repositories.
+
+    The folder then has `config.json`, `model.safetensors`, `spiece.model` and `tokenizer_config.json`.
+    """
+    config = BigBirdConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BigBirdForMaskedLM(config).save_pretrained(folder)
+    shutil.copyfile(DATA / "spiece.model", Path(folder, "spiece.model"))
+    settings = {"tokenizer_class": "BigBirdTokenizer", "model_max_length": config.max_position_embeddings}
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def document() -> str:
+    """The text of the Apache License 2.0: more than 2,000 tokens of the public vocabulary."""
+    return " ".join((DATA / "LICENSE").read_text(encoding="utf-8").split())
+
+
+def mask_words(text: str, mask_token: str, count: int) -> tuple[str, list[re.Match]]:
+    """Replaces `count` words, at even distances, by the mask token.
+
+    Returns:
+        The new text, and the words as matches in the old one.
+    """
+    words = list(re.finditer(r"(?<= )[a-z]{4,}(?= )", text))
+    chosen = words[:: max(1, len(words) // count)][:count]
+    ends = [0, *(word.end() for word in chosen)]
+    kept = [text[end : word.start()] for end, word in zip(ends, chosen, strict=False)]
+    return mask_token.join([*kept, text[ends[-1] :]]), chosen
+
+
+def attention_in_use(model, length: int) -> tuple[str, str]:
+    """The attention type and the implementation with which a BigBird reads an input of `length` tokens."""
+    attention_type = model.base_model.attention_type
+    if length <= Sparsity.from_config(model.config).full_attention_length:
+        attention_type = "original_full"
+    return attention_type, model.config._attn_implementation

@@ -1,0 +1,65 @@
+"""What a model runs on: the answers of `bigbird-plus env`."""
+
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from . import __version__
+from .configuration_big_bird import BigBirdConfig
+from .modeling_big_bird import BigBirdModel
+
+PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "accelerate", "peft", "flash-attn", "triton")
+
+
+def describe_environment() -> dict[str, str]:
+    """Names of things that matter for speed and results, each with what is found here."""
+    return {
+        "bigbird_plus": __version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in PACKAGES},
+        "accelerator": _accelerator(),
+        "CPU": _cpu(),
+        "CPU threads of torch": str(torch.get_num_threads()),
+        "AutoModel gives": _auto_model(),
+        "default attention type, implementation": _attention(),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _accelerator() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "none" if device is None else str(device)
+
+
+def _cpu() -> str:
+    """Vendor and model on Linux, what the platform tells elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = [re.search(rf"^{key}\s*: (.+)$", text, re.MULTILINE) for key in ("vendor_id", "model name")]
+    return ", ".join(match[1] for match in found if match) or platform.processor() or platform.machine()
+
+
+def _auto_model() -> str:
+    model_class = AutoModel._model_mapping[BigBirdConfig]
+    return f"{model_class.__module__}.{model_class.__name__}"
+
+
+def _attention() -> str:
+    with torch.device("meta"):
+        model = BigBirdModel(BigBirdConfig(num_hidden_layers=1))
+    return f"{model.attention_type}, {model.config._attn_implementation}"

@@ -1,0 +1,148 @@
+"""The command `bigbird-plus`, called as its entry point calls it."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import bigbird_plus
+from bigbird_plus.cli import main
+from bigbird_plus.demo import document, mask_words
+
+SENTENCE = "Plants create [MASK] through a process known as photosynthesis."
+
+
+@pytest.fixture(autouse=True)
+def quiet_transformers():
+    """The command silences transformers for its process; here the process goes on."""
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+def run(capsys, *arguments) -> str:
+    """What a command that succeeds prints."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert not exit_info.value.code, printed.err
+    return printed.out
+
+
+def refusal(capsys, *arguments) -> str:
+    """The line on standard error, and nothing else, with which a command refuses its input."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("Error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_demo(capsys):
+    shown = run(capsys, "demo")
+    assert "untrained" in shown
+    assert "bigbird_plus.BigBirdForMaskedLM" in shown
+    assert re.search(r"attention type +block_sparse", shown)
+    assert re.search(r"implementation +sdpa", shown)
+    tokens = re.search(r"document +([\d,]+) tokens", shown)[1]
+    assert int(tokens.replace(",", "")) > 1024
+    assert re.search(r"[\d,]+ tokens per second", shown)
+    assert shown.count("[MASK]") == 6
+
+
+def test_demo_leaves_the_random_state_alone(tmp_path):
+    state = torch.get_rng_state()
+    bigbird_plus.demo.write_untrained_checkpoint(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_mask_words_can_be_undone():
+    text, words = mask_words(document(), "[MASK]", count=5)
+    assert text.count("[MASK]") == len(words) == 5
+    for word in words:
+        text = text.replace("[MASK]", word[0], 1)
+    assert text == document()
+
+
+def test_env(capsys):
+    shown = run(capsys, "env")
+    assert re.search(rf"bigbird_plus +{re.escape(bigbird_plus.__version__)}\s", shown)
+    assert re.search(rf"transformers +{re.escape(transformers.__version__)}\s", shown)
+    assert re.search(r"AutoModel gives +bigbird_plus", shown)
+    assert re.search(r"default attention type, implementation +block_sparse, sdpa", shown)
+
+
+def predictions(shown: str) -> list[tuple[str, str]]:
+    """`(number of the mask, probability)` of each row of the table."""
+    return re.findall(r"│ (\d+) +│ .+? +│ (\S+) +│", shown)
+
+
+def test_fill_mask(capsys, checkpoint):
+    rows = predictions(run(capsys, "fill-mask", "--model", checkpoint, SENTENCE))
+    assert [number for number, _ in rows] == ["1"] * 5
+    probabilities = [float(probability) for _, probability in rows]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < probabilities[-1] < 1
+
+
+def test_fill_mask_with_two_masks_from_standard_input(capsys, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{SENTENCE}\nAnimals [MASK] them.\n"))
+    rows = predictions(run(capsys, "fill-mask", "--model", checkpoint, "--top-k", "2"))
+    assert [number for number, _ in rows] == ["1", "1", "2", "2"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--evaluation"]])
+def test_plot_attention(capsys, tmp_path, flags):
+    picture = tmp_path / "attention.png"
+    assert run(capsys, "plot-attention", picture, "--length", "1000", *flags) == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_attention_of_a_model(capsys, tmp_path, checkpoint):
+    assert run(capsys, "plot-attention", tmp_path / "a.svg", "--model", checkpoint, "--head", "1")
+    assert "4,096 tokens in blocks of 64" in (tmp_path / "a.svg").read_text()
+
+
+def bert(tmp_path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command. See bigbird-plus --help."),
+        (["no-such-command"], "No such command 'no-such-command'"),
+        (["fill-mask", SENTENCE], "Missing option '--model'"),
+        (["fill-mask", "--model", "no/such-model", SENTENCE], "no/such-model"),
+        (["fill-mask", "--model", "{checkpoint}", "--top-k", "0", SENTENCE], "--top-k"),
+        (["fill-mask", "--model", "{checkpoint}", "No mask here."], "The text must have [MASK]"),
+        (["fill-mask", "--model", "{checkpoint}", "word " * 4096 + "[MASK]"], "max_position_embeddings is 4096"),
+        (["fill-mask", "--model", "{empty}", SENTENCE], "{empty}"),
+        (["plot-attention", "a.png", "--length", "704"], "--length must be more than 704, but is 704"),
+        (["plot-attention", "a.png", "--head", "12"], "head must be between 0 and 11, but is 12"),
+        (["plot-attention", "{empty}/a.xyz"], "xyz"),
+        (["plot-attention", "{empty}/no/folder/a.png"], "No such file or directory"),
+        (["plot-attention", "--model", "{bert}"], "must be a BigBird"),
+    ],
+)
+def test_wrong_input(capsys, checkpoint, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "bert"):
+        (tmp_path / name).mkdir()
+    places = {"checkpoint": checkpoint, "empty": tmp_path / "empty", "bert": bert(tmp_path / "bert")}
+    assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
+
+
+def test_plot_attention_without_matplotlib(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'bigbird-plus[plot]'" in refusal(capsys, "plot-attention", "--length", "1000")
