@@ -64,7 +64,7 @@ def test_base_size(length, layer_idx):
     length=st.sampled_from(PAPER_LENGTHS),
     max_positions=st.sampled_from([1024, 2048, 3072, 4096, 8192]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_plan_of_the_paper(block_size, r, heads, layer_idx, length, max_positions):
     assume(length <= max_positions)
     arguments = {"heads": heads, "block_size": block_size, "r": r, "max_positions": max_positions}
@@ -83,7 +83,7 @@ def test_plan_of_the_paper(block_size, r, heads, layer_idx, length, max_position
     extra_blocks=st.integers(1, 40),
 )
 @example(block_size=64, r=3, heads=2, layer_idx=0, extra_blocks=1)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_two_stage_plan(block_size, r, heads, layer_idx, extra_blocks):
     length = (2 * r + 5 + extra_blocks) * block_size
     assume(length not in PAPER_LENGTHS)
@@ -118,7 +118,7 @@ def test_only_blocks_of_the_input_are_drawn():
     num_blocks=st.integers(8, 24), r=st.integers(0, 6), heads=st.integers(1, 3), half_window=st.integers(0, 2),
     layer_idx=st.integers(0, 9),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_uniform_plan(num_blocks, r, heads, half_window, layer_idx):
     block = np.arange(num_blocks)
     eligible = abs(block[:, None] - block) > half_window

@@ -1,0 +1,177 @@
+"""The linear engine, both of its ways, against the definition: outputs and gradients."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bigbird_plus import Sparsity
+from bigbird_plus.attention import eager, sdpa
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch=2, head_dim=8, **others):
+    """One input: its pattern, its sizes, its padding."""
+    sparsity = Sparsity(
+        num_attention_heads=heads,
+        block_size=block,
+        num_random_blocks=r,
+        num_sliding_window_blocks=window,
+        num_global_blocks=num_global,
+    )
+    num_blocks = sparsity.full_attention_length // block + extra_blocks
+    return {
+        "pattern": sparsity.pattern(num_blocks, layer_idx=1, training=others.get("training", False)),
+        "shape": (batch, heads, num_blocks * block, head_dim),
+        "padding": others.get("padding", "none"),
+        "seed": others.get("seed", 0),
+    }
+
+
+@st.composite
+def cases(draw):
+    batch = draw(st.integers(1, 3))
+    return case(
+        window=draw(st.sampled_from([1, 3, 5, 7])),
+        num_global=draw(st.integers(0, 4)),
+        r=draw(st.integers(0, 3)),
+        block=draw(st.sampled_from([1, 2, 3, 8, 16])),
+        extra_blocks=draw(st.integers(1, 6)),
+        heads=draw(st.integers(1, 3)),
+        batch=batch,
+        head_dim=draw(st.sampled_from([8, 20, 30, 64])),
+        training=draw(st.booleans()),
+        padding=draw(st.sampled_from(["none", "right", "left", "anywhere", "everything"])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def padding_mask(kind, batch, length, generator):
+    """Which tokens are real; of the last row, none if `kind` is "everything"."""
+    if kind == "none":
+        return None
+    if kind == "anywhere":
+        return torch.rand(batch, length, generator=generator) < 0.7
+    real = torch.randint(1, length + 1, (batch, 1), generator=generator)
+    mask = torch.arange(length) < real
+    if kind == "everything":
+        mask[-1] = False
+    return mask.flip(1) if kind == "left" else mask
+
+
+def run(function, tensors, dtype, pattern, mask, weight):
+    """Output and gradients of an engine, in float64. The gradient is that of a weighted sum."""
+    tensors = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    output = function(*tensors, pattern, mask, scaling=tensors[0].shape[-1] ** -0.5)
+    output = output[0] if isinstance(output, tuple) else output
+    assert output.dtype is dtype
+    grads = torch.autograd.grad((output * weight.to(dtype)).sum(), tensors)
+    return [tensor.detach().double() for tensor in (output, *grads)]
+
+
+def check_against_definition(case, dtype, *, merges):
+    """No further from the definition in float64 than the definition itself in `dtype`, up to a small factor."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    tensors = [torch.randn(case["shape"], generator=generator).to(dtype).double() for _ in range(3)]
+    weight = torch.randn(case["shape"], generator=generator).to(dtype)
+    mask = padding_mask(case["padding"], case["shape"][0], case["shape"][2], generator)
+    exact = run(eager.block_sparse_attention, tensors, torch.float64, case["pattern"], mask, weight)
+    definition = run(eager.block_sparse_attention, tensors, dtype, case["pattern"], mask, weight)
+    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+        engine = run(sdpa.block_sparse_attention, tensors, dtype, case["pattern"], mask, weight)
+    for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
+        size = a.abs().max().clamp(min=1)
+        allowed = 4 * (b - a).abs().max() + (4 * torch.finfo(dtype).eps + 1e-13) * size
+        assert (c - a).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@given(case=cases(), dtype=st.sampled_from(DTYPES))
+@example(case=case(extra_blocks=1, batch=3), dtype=torch.float32)
+@example(case=case(7, 0, 0, extra_blocks=1, batch=1), dtype=torch.float64)
+@example(case=case(7, 1, 0, extra_blocks=1), dtype=torch.float64)
+@example(case=case(1, 0, 0, block=16, padding="everything"), dtype=torch.float16)
+@example(case=case(5, 3, 2, padding="anywhere", training=True, batch=3), dtype=torch.float64)
+@settings(max_examples=60)
+def test_agrees_with_the_definition(case, dtype, merges):
+    check_against_definition(case, dtype, merges=merges)
+
+
+@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [False, True])
+def test_agrees_with_the_definition_at_the_published_sizes(dtype, training, merges):
+    published = case(block=64, extra_blocks=5, heads=2, batch=1, head_dim=64, training=training, padding="right")
+    check_against_definition(published, dtype, merges=merges)
+
+
+@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_of_padding_only_are_zero_with_zero_gradients(dtype, training, merges):
+    settings = case(training=training, batch=3)
+    mask = torch.ones(3, settings["shape"][2], dtype=torch.bool)
+    mask[1] = False
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(settings["shape"], generator=generator) for _ in range(3)]
+    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+        results = run(sdpa.block_sparse_attention, tensors, dtype, settings["pattern"], mask, torch.ones(()))
+    for result in results:
+        assert result.isfinite().all()
+        assert (result[1] == 0).all()
+        assert (result[0] != 0).any()
+
+
+@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_stay_finite(dtype, merges):
+    settings = case(training=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [30 * torch.randn(settings["shape"], generator=generator) for _ in range(3)]
+    mask = torch.arange(settings["shape"][2]) < torch.tensor([[40], [3]])
+    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+        results = run(sdpa.block_sparse_attention, tensors, dtype, settings["pattern"], mask, torch.ones(()))
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+def test_gradients_are_those_of_finite_differences(merges):
+    settings = case(3, 2, 1, block=2, extra_blocks=2, heads=2, batch=2, head_dim=8, training=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(settings["shape"], dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)
+    ]
+    mask = torch.arange(settings["shape"][2]) < torch.tensor([[18], [5]])
+    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+        assert torch.autograd.gradcheck(
+            lambda *qkv: sdpa.block_sparse_attention(*qkv, settings["pattern"], mask, scaling=0.3),
+            tensors,
+            fast_mode=True,
+        )
+
+
+def test_strided_inputs_and_gradients():
+    """Projections come as `[batch, length, heads, dim]`, seen from another side."""
+    settings = case(training=True, batch=2)
+    batch, heads, length, dim = settings["shape"]
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(batch, length, 3, heads, dim, generator=generator).requires_grad_()
+    packed = [tensor.transpose(1, 2) for tensor in fused.unbind(2)]
+    output = sdpa.block_sparse_attention(*packed, settings["pattern"], None, scaling=0.3)
+    expected, _ = eager.block_sparse_attention(*packed, settings["pattern"], None, scaling=0.3)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    grads = [torch.autograd.grad(result.square().sum(), fused)[0] for result in (output, expected)]
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_the_value_can_need_no_gradient():
+    settings = case()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(settings["shape"], generator=generator) for _ in range(3))
+    query.requires_grad_()
+    sdpa.block_sparse_attention(query, key, value, settings["pattern"], None, scaling=0.3).sum().backward()
+    assert query.grad.isfinite().all()
+    assert value.grad is None
