@@ -51,7 +51,16 @@ def tables() -> list[dict]:
     lazy_mappings = [configuration_auto.CONFIG_MAPPING, tokenization_auto.TOKENIZER_MAPPING, *auto_mappings]
     names = ("TOKENIZER_MAPPING_NAMES", "REGISTERED_TOKENIZER_CLASSES", "REGISTERED_FAST_ALIASES")  # the last two: 5.x
     by_name = [getattr(tokenization_auto, name) for name in names if hasattr(tokenization_auto, name)]
-    return [*(mapping._extra_content for mapping in lazy_mappings), *by_name]
+    return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables()]
+
+
+def peft_tables() -> list[dict]:
+    """PEFT's tables of the layers that adapters go to, a table a method, by `model_type`. None without PEFT."""
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return []
+    return [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_") and "bert" in table]
 
 
 def register() -> None:
@@ -72,6 +81,8 @@ def register() -> None:
         exist_ok=True,
     )
     prefer_registered_tokenizers()
+    for table in peft_tables():
+        table.setdefault(BigBirdConfig.model_type, table["bert"])  # the layers have BERT's names
     for table, old in before:
         changed = (key for key, value in table.items() if value is not old.get(key, _MISSING))
         _replaced.extend((table, key, old.get(key, _MISSING)) for key in changed)
