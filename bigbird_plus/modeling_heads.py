@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .modeling_big_bird import (
     BigBirdIntermediate,
@@ -22,6 +22,8 @@ from .modeling_big_bird import (
     activation_function,
     as_requested,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -175,6 +177,16 @@ class _LanguageModel(BigBirdPreTrainedModel):
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
+def refuse_decoder(model: BigBirdPreTrainedModel) -> None:
+    """Raises a `ValueError` if a model that tells something of a document from its first token is a decoder, in which
+    the first token reads nothing but itself."""
+    if model.config.is_decoder:
+        raise ValueError(
+            f"{type(model).__name__} classifies by the state of the first token, which in a decoder has read nothing "
+            "but itself: is_decoder must be False."
+        )
+
+
 def freeze_pooler(model: BigBirdModel) -> None:
     """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
     parameter without a gradient stops distributed training."""
@@ -187,6 +199,7 @@ class BigBirdForPreTraining(_LanguageModel):
 
     def __init__(self, config):
         super().__init__(config)
+        refuse_decoder(self)
         self.bert = BigBirdModel(config)
         self.cls = BigBirdPreTrainingHeads(config)
         self.post_init()
@@ -240,7 +253,7 @@ class BigBirdForPreTraining(_LanguageModel):
 
 
 class BigBirdForMaskedLM(_LanguageModel):
-    """Masked language modelling."""
+    """Masked language modelling. With `config.is_decoder=True` each place is told from those up to it alone."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -302,6 +315,11 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        if not config.is_decoder:
+            logger.warning_once(
+                "BigBirdForCausalLM reads later tokens, too, unless its configuration has is_decoder=True: pass "
+                "is_decoder=True to from_pretrained to predict or generate text from left to right."
+            )
         self.bert = BigBirdModel(config)
         self.cls = BigBirdOnlyMLMHead(config)
         freeze_pooler(self.bert)
@@ -399,6 +417,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        refuse_decoder(self)
         self.num_labels = config.num_labels
         self.bert = BigBirdModel(config)
         self.classifier = BigBirdClassificationHead(config)
@@ -468,6 +487,7 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        refuse_decoder(self)
         self.bert = BigBirdModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, 1)
