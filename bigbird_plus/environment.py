@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 from . import __version__
 from .configuration_big_bird import BigBirdConfig
+from .linear import prefers_onednn
 from .modeling_big_bird import BigBirdModel
 
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "accelerate", "peft", "flash-attn", "triton")
@@ -26,6 +27,7 @@ def describe_environment() -> dict[str, str]:
         "CPU": _cpu(),
         "CPU threads of torch": str(torch.get_num_threads()),
         "AutoModel gives": _auto_model(),
+        "float32 linear layers": "oneDNN" if prefers_onednn(torch.ones(1)) else "torch's default",
         "default attention type, implementation": _attention(),
     }
 
