@@ -281,7 +281,9 @@ class BigBirdEncoder(nn.Module):
 def _cut(tensor: Tensor, length: int, *dims: int) -> Tensor:
     """`tensor` without what lies beyond `length`; itself, not a view of it, if there is nothing."""
     for dim in dims:
-        if tensor.shape[dim] != length:
+        if masks.is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
+            tensor = tensor.index_select(dim, torch.arange(length, device=tensor.device))
+        elif tensor.shape[dim] != length:
             tensor = tensor.narrow(dim, 0, length)
     return tensor
 
@@ -504,6 +506,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return masks.full_attention_mask(
             attention_mask,
             batch=batch,
+            heads=self.config.num_attention_heads,
             query_positions=cache_position,
             past=past,
             keys=keys,
@@ -520,6 +523,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return masks.cross_attention_mask(
             mask,
             batch=hidden_states.shape[0],
+            heads=self.config.num_attention_heads,
             queries=hidden_states.shape[1],
             keys=encoder_hidden_states.shape[1],
             dtype=masks.compute_dtype(hidden_states),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import eager, sdpa
-from .masks import additive_mask, padding_mask
+from .masks import additive_mask, is_tracing, padding_mask
 from .pattern import BlockPattern, Sparsity
 
 
@@ -30,8 +30,9 @@ class SparseInput(NamedTuple):
 
 def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
     """Fills up a dimension with zeros to a multiple of `block_size`."""
-    missing = -tensor.shape[dim] % block_size
-    if not missing:
+    length = tensor.shape[dim]
+    missing = -(-length // block_size) * block_size - length
+    if not is_tracing() and not missing:  # one graph shall serve all lengths
         return tensor
     return nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim % tensor.dim()) + [0, missing])
 
@@ -39,7 +40,7 @@ def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
 def make_sparse_input(sparsity: Sparsity, mask: Tensor | None, batch: int, length: int, device) -> SparseInput:
     """Of `[batch, length]` tokens of which `mask` (`bool`, or None for all) are real."""
     num_blocks = -(-length // sparsity.block_size)
-    if mask is None and length % sparsity.block_size:
+    if mask is None and (is_tracing() or length % sparsity.block_size):
         mask = torch.ones(batch, length, dtype=torch.bool, device=device)
     return SparseInput(sparsity, num_blocks, None if mask is None else pad_to_blocks(mask, sparsity.block_size, 1))
 

@@ -199,9 +199,8 @@ def _tokens_read(pattern: CausalPattern, causal: CausalInput, rows: Tensor, devi
 def _block_table(pattern: CausalPattern, rows: range, device) -> Tensor:
     """The blocks that each of `rows` reads, `int64`, `[rows, heads or 1, blocks]`. Rows that read everything up to
     themselves list more than that: causality hides the rest."""
-    sparse = range(max(rows.start, pattern.num_full), rows.stop)
-    lists = torch.from_numpy(pattern.lists(sparse)).to(device)
-    num_full = len(rows) - len(sparse)
+    num_full = min(max(pattern.num_full - rows.start, 0), len(rows))
+    lists = pattern.lists(rows.start + num_full, rows.stop).to(device)
     if not num_full:
         return lists
     full = torch.arange(pattern.num_full, device=device).expand(num_full, lists.shape[1], -1)

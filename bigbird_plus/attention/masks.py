@@ -4,10 +4,15 @@ import torch
 from torch import Tensor
 
 
+def is_tracing() -> bool:
+    """Whether a graph is being made of what happens: by `torch.compile`, `torch.export` or `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def may_read_values(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not while a graph is traced, and not where it would wait for a
     device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and not is_tracing()
 
 
 def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -43,6 +48,7 @@ def full_attention_mask(
     attention_mask: Tensor | None,
     *,
     batch: int,
+    heads: int,
     query_positions: Tensor,
     past: int | Tensor,
     keys: int,
@@ -55,6 +61,7 @@ def full_attention_mask(
     Args:
         attention_mask: the user's, see `expand_mask`.
         batch: sequences.
+        heads: attention heads.
         query_positions: `int64`, `[queries]`: places of the queries among the keys.
         past: number of tokens that a cache already holds.
         keys: number of keys, free places of a static cache included.
@@ -79,7 +86,7 @@ def full_attention_mask(
         if not is_causal or from_start or last_only:
             return None
         return additive_mask(causal_mask(query_positions, keys), dtype)[None, None]
-    expanded = expand_mask(attention_mask, batch, queries, keys)
+    expanded = expand_mask(attention_mask, batch, heads, queries, keys, may_end_elsewhere=is_causal)
     if expanded.is_floating_point():
         return expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
     if is_causal and attention_mask.dim() < 4:
@@ -88,19 +95,26 @@ def full_attention_mask(
 
 
 def cross_attention_mask(
-    attention_mask: Tensor | None, *, batch: int, queries: int, keys: int, dtype: torch.dtype, implementation: str
+    attention_mask: Tensor | None,
+    *,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    implementation: str,
 ) -> Tensor | None:
     """What attention to an encoder's states adds to its scores, or None; arguments as in `full_attention_mask`."""
     name = "encoder_attention_mask"
     if attention_mask is None:
         return None
-    if attention_mask.shape[-1] != keys:
+    if attention_mask.dim() == 2 and attention_mask.shape[-1] != keys:
         raise ValueError(f"{name} is for {attention_mask.shape[-1]} tokens, but encoder_hidden_states has {keys}.")
     if may_read_values(attention_mask) and attention_mask.dim() == 2 and (attention_mask != 0).all():
         return None
     if _passes_masks_unexpanded(implementation):
         return _unexpanded(attention_mask, keys)
-    expanded = expand_mask(attention_mask, batch, queries, keys, name)
+    expanded = expand_mask(attention_mask, batch, heads, queries, keys, name)
     return expanded if expanded.is_floating_point() else additive_mask(expanded, dtype)
 
 
@@ -137,7 +151,8 @@ def decoder_key_mask(
 
 def _keys_of_causal_mask(attention_mask, batch, query_positions, keys):
     """The last query of a piece reads whatever is real, up to itself."""
-    expanded = expand_mask(attention_mask, batch, len(query_positions), keys)
+    heads = attention_mask.shape[1]  # as many as there are: one of them is looked at
+    expanded = expand_mask(attention_mask, batch, heads, len(query_positions), keys, may_end_elsewhere=True)
     reads = expanded >= 0 if expanded.is_floating_point() else expanded
     mask = reads[:, 0, -1].expand(batch, -1)
     if may_read_values(mask):
@@ -203,23 +218,35 @@ def same_document_mask(position_ids: Tensor) -> Tensor | None:
     return document[:, :, None] == document[:, None]
 
 
-def expand_mask(attention_mask: Tensor, batch: int, queries: int, keys: int, name: str = "attention_mask") -> Tensor:
+def expand_mask(
+    attention_mask: Tensor,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    name: str = "attention_mask",
+    *,
+    may_end_elsewhere: bool = False,
+) -> Tensor:
     """A user's 2-D, 3-D or 4-D mask as one that is broadcastable to `[batch, heads, queries, keys]`.
 
     Masks of `[batch, keys]` and `[batch, queries, keys]` hold 1 (or True) for what is read. One of
     `[batch, 1 or heads, queries, keys]` does so, too, if it holds booleans or integers; floating point numbers in it
-    are added to the scores as they are. Keys beyond the mask (free places of a static cache) are not read.
+    are added to the scores as they are. With `may_end_elsewhere`, a mask can be for more keys than there are, or for
+    fewer: those beyond it (free places of a static cache) are not read.
 
     Raises:
-        ValueError: if the mask has a shape that fits neither.
+        ValueError: if the mask has a shape that fits none of these.
     """
-    shape = {2: (batch,), 3: (batch, queries), 4: (batch, attention_mask.shape[1], queries)}.get(attention_mask.dim())
-    if shape is None or any(
-        size not in (1, wanted) for size, wanted in zip(attention_mask.shape, shape, strict=False)
+    wanted = {2: (batch, keys), 3: (batch, queries, keys), 4: (batch, heads, queries, keys)}.get(attention_mask.dim())
+    if wanted is None or not (
+        all(size in (1, fits) for size, fits in zip(attention_mask.shape[:-1], wanted[:-1], strict=True))
+        and (may_end_elsewhere or attention_mask.shape[-1] == keys)
     ):
         raise ValueError(
             f"{name} must have the shape [batch, keys], [batch, queries, keys] or [batch, 1 or heads, queries, keys] "
-            f"with batch {batch}, queries {queries} and keys {keys}, but has {list(attention_mask.shape)}."
+            f"with batch {batch}, heads {heads}, queries {queries} and keys {keys}, but has "
+            f"{list(attention_mask.shape)}."
         )
     expanded = attention_mask
     if attention_mask.dim() < 4:

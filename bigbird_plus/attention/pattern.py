@@ -5,6 +5,8 @@ from functools import cached_property, lru_cache
 from numbers import Integral
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .random_blocks import NO_BLOCK, CausalPlan, draw_random_blocks, draw_uniform_blocks
 
@@ -70,7 +72,20 @@ class Sparsity:
     def pattern(self, num_blocks: int, *, layer_idx: int = 0, training: bool = False) -> "BlockPattern":
         """The pattern of one layer for an input of `num_blocks` blocks. Made once, then taken from a bounded cache."""
         random = self.num_random_blocks > 0 and (training or self.eval_random_blocks or not self.is_original_shape)
-        return _make_pattern(self, num_blocks, layer_idx if random else None)
+        if not torch.compiler.is_compiling():
+            return _make_pattern(self, num_blocks, layer_idx if random else None)
+        if not random:
+            extra = self.num_random_blocks if self.is_original_shape else 0
+            return replace(self.structure(num_blocks), first_block_extra=extra)
+        settings = [getattr(self, name) for name in self.__dataclass_fields__]
+        random_blocks = torch.ops.bigbird_plus.random_blocks(settings, num_blocks, layer_idx)
+        return replace(self.structure(num_blocks), random_blocks=random_blocks)
+
+    def structure(self, num_blocks: int) -> "BlockPattern":
+        """The pattern's global blocks and its window, without anything in the place of random blocks."""
+        num_leading = (self.num_global_blocks + 1) // 2
+        num_trailing = self.num_global_blocks - num_leading
+        return BlockPattern(num_blocks, num_leading, num_trailing, self.num_sliding_window_blocks // 2)
 
     def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "CausalPattern":
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
@@ -104,7 +119,8 @@ class BlockPattern:
         num_leading, num_trailing: global blocks at its beginning and at its end.
         half_window: blocks of the window on either side of a block.
         first_block_extra: additional readings of block 0, see `BigBirdConfig.eval_random_blocks`.
-        random_blocks: `int64` array `[heads, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`.
+        random_blocks: `int64` array `[heads, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a tensor
+            while a graph is traced.
     """
 
     num_blocks: int
@@ -112,7 +128,7 @@ class BlockPattern:
     num_trailing: int
     half_window: int
     first_block_extra: int = 0
-    random_blocks: np.ndarray | None = field(default=None, repr=False)
+    random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
 
     @property
     def global_blocks(self) -> list[int]:
@@ -136,16 +152,9 @@ class BlockPattern:
 
     def for_heads(self, heads) -> "BlockPattern":
         """The pattern of some of the heads: what is left after others were pruned."""
-        if self.random_blocks is None:
+        if self.random_blocks is None or len(heads) == len(self.random_blocks):
             return self
-        return BlockPattern(
-            self.num_blocks,
-            self.num_leading,
-            self.num_trailing,
-            self.half_window,
-            self.first_block_extra,
-            self.random_blocks[list(heads)],
-        )
+        return replace(self, random_blocks=self.random_blocks[list(heads)])
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -212,50 +221,60 @@ class BlockPattern:
         ax.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(shown), frameon=False)
         return ax
 
-    def structured_lists(self, rows) -> np.ndarray:
-        """The global blocks and the window of each of `rows`, none of which is global, every block once.
+    def structured_lists(self, first: int, last: int) -> Tensor:
+        """The global blocks and the window of each of the rows from `first` to `last`, none of which is global, every
+        block once. Written for tensors, so that a graph can be traced that serves any number of blocks.
 
         Returns:
-            `int64` array `[rows, global + window]`, with `NO_BLOCK` where the window leaves the input or meets a
+            `int64` tensor `[rows, global + window]`, with `NO_BLOCK` where the window leaves the input or meets a
             global block. The first column is block 0 wherever `first_block_extra` is not 0.
         """
-        rows = np.asarray(rows)
-        window = rows[:, None] + np.arange(-self.half_window, self.half_window + 1)
-        window[(window < self.first_row) | (window >= self.last_row)] = NO_BLOCK
-        globals_ = np.broadcast_to(np.array(self.global_blocks, dtype=np.int64), (len(rows), len(self.global_blocks)))
-        return np.concatenate((globals_, window), axis=1)
+        window = torch.arange(first, last)[:, None] + torch.arange(-self.half_window, self.half_window + 1)
+        window = window.masked_fill((window < self.first_row) | (window >= self.last_row), NO_BLOCK)
+        global_blocks = torch.cat((torch.arange(self.num_leading), torch.arange(self.last_row, self.num_blocks)))
+        return torch.cat((global_blocks.expand(window.shape[0], -1), window), dim=1)
 
 
 @lru_cache(maxsize=256)
 def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) -> BlockPattern:
     """`layer_idx` is None for patterns without random blocks, which are the same in every layer."""
-    num_leading = (sparsity.num_global_blocks + 1) // 2
-    shape = (
-        num_blocks,
-        num_leading,
-        sparsity.num_global_blocks - num_leading,
-        sparsity.num_sliding_window_blocks // 2,
-    )
+    pattern = sparsity.structure(num_blocks)
     if layer_idx is None:
-        extra = sparsity.num_random_blocks if sparsity.is_original_shape else 0
-        return BlockPattern(*shape, first_block_extra=extra)
+        return replace(pattern, first_block_extra=sparsity.num_random_blocks if sparsity.is_original_shape else 0)
+    return replace(pattern, random_blocks=_draw(sparsity, pattern, layer_idx))
+
+
+def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarray:
+    """The random blocks of a pattern that has none yet."""
     if sparsity.is_original_shape:
-        plan = draw_random_blocks(
+        return draw_random_blocks(
             num_heads=sparsity.num_attention_heads,
-            num_blocks=num_blocks,
+            num_blocks=pattern.num_blocks,
             block_size=sparsity.block_size,
             num_random_blocks=sparsity.num_random_blocks,
             max_position_embeddings=sparsity.max_position_embeddings,
             layer_idx=layer_idx,
         )
-    else:
-        plan = draw_uniform_blocks(
-            num_heads=sparsity.num_attention_heads,
-            num_random_blocks=sparsity.num_random_blocks,
-            layer_idx=layer_idx,
-            eligible=BlockPattern(*shape).counts[0] == 0,
-        )
-    return BlockPattern(*shape, random_blocks=plan)
+    return draw_uniform_blocks(
+        num_heads=sparsity.num_attention_heads,
+        num_random_blocks=sparsity.num_random_blocks,
+        layer_idx=layer_idx,
+        eligible=pattern.counts[0] == 0,
+    )
+
+
+@torch.library.custom_op("bigbird_plus::random_blocks", mutates_args=())
+def _traced_random_blocks(settings: list[int], num_blocks: int, layer_idx: int) -> Tensor:
+    """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
+    generators do not allow. `settings` are the fields of a `Sparsity`."""
+    pattern = _make_pattern(Sparsity(*settings), num_blocks, layer_idx)
+    return torch.from_numpy(pattern.random_blocks.copy())
+
+
+@_traced_random_blocks.register_fake
+def _(settings, num_blocks, layer_idx):
+    num_heads, _, num_random_blocks, *_ = settings
+    return torch.empty(num_heads, num_blocks, num_random_blocks, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,24 +326,24 @@ class CausalPattern:
             counts[np.arange(heads)[:, None, None], rows[:, None], self.random_blocks[:, rows]] = 1
         return counts
 
-    def structured_lists(self, rows: range) -> np.ndarray:
-        """The leading blocks and the window, its own block last, of each of `rows`, all of which are sparse.
+    def structured_lists(self, first: int, last: int) -> Tensor:
+        """The leading blocks and the window, its own block last, of each of the rows from `first` to `last`, all of
+        which are sparse.
 
         Returns:
-            `int64` array `[rows, leading + window]`.
+            `int64` tensor `[rows, leading + window]`.
         """
-        row = np.arange(rows.start, rows.stop)
-        window = row[:, None] + np.arange(1 - self.window, 1)
-        leading = np.broadcast_to(np.arange(self.num_leading), (len(row), self.num_leading))
-        return np.concatenate((leading, window), axis=1)
+        window = torch.arange(first, last)[:, None] + torch.arange(1 - self.window, 1)
+        return torch.cat((torch.arange(self.num_leading).expand(window.shape[0], -1), window), dim=1)
 
-    def lists(self, rows: range) -> np.ndarray:
-        """All blocks that each of `rows` reads: `int64` array `[rows, heads or 1, blocks]`, random ones last."""
-        lists = self.structured_lists(rows)[:, None]
+    def lists(self, first: int, last: int) -> Tensor:
+        """All blocks that each of the rows from `first` to `last` reads, random ones last: `int64` tensor `[rows, heads
+        or 1, blocks]`."""
+        lists = self.structured_lists(first, last)[:, None]
         if self.random_blocks is None:
             return lists
-        random = self.random_blocks[:, rows.start : rows.stop].swapaxes(0, 1)
-        return np.concatenate((np.repeat(lists, random.shape[1], axis=1), random), axis=2)
+        random = torch.as_tensor(self.random_blocks)[:, first:last].transpose(0, 1)
+        return torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=2)
 
 
 @lru_cache(maxsize=256)

@@ -14,13 +14,12 @@ Global blocks read everything: a dense attention with few rows. For the others t
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .eager import score_dtype
-from .masks import additive_mask, causal_mask
+from .masks import additive_mask, causal_mask, is_tracing
 from .pattern import BlockPattern, CausalPattern
 from .random_blocks import NO_BLOCK
 
@@ -56,8 +55,8 @@ def block_sparse_attention(
 
 
 def _can_merge(query: Tensor) -> bool:
-    """Whether flash attention tells the log-sum-exp of its scores here."""
-    return query.device.type == "cpu"
+    """Whether flash attention tells the log-sum-exp of its scores here. Graphs are made of what every device has."""
+    return query.device.type == "cpu" and not is_tracing()
 
 
 def _split_into_blocks(tensor: Tensor, num_blocks: int) -> Tensor:
@@ -86,23 +85,6 @@ class _Lists(NamedTuple):
 
     blocks: Tensor
     bias: Tensor | None
-
-    @classmethod
-    def of(cls, pattern: BlockPattern, rows: range, device, dtype: torch.dtype, *, structured: bool) -> "_Lists":
-        """The random blocks of `rows`, and with `structured` their global blocks and window, too."""
-        parts = [pattern.structured_lists(rows)[:, None]] if structured else []
-        if pattern.random_blocks is not None:
-            parts.append(pattern.random_blocks[:, rows.start : rows.stop].swapaxes(0, 1))
-        lists = np.concatenate([np.broadcast_to(part, (len(rows), parts[-1].shape[1], part.shape[2])) for part in parts], 2)
-        empty = lists == NO_BLOCK
-        blocks = torch.from_numpy(np.where(empty, 0, lists)).to(device)
-        first_block_extra = pattern.first_block_extra if structured else 0
-        if not first_block_extra and not empty.any():
-            return cls(blocks, None)
-        bias = additive_mask(torch.from_numpy(~empty), dtype)
-        if first_block_extra:
-            bias[..., 0] = math.log1p(first_block_extra)
-        return cls(blocks, bias.to(device))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch, rows, heads, keys, dim]`."""
@@ -141,18 +123,35 @@ class _Lists(NamedTuple):
         return bias
 
 
+def _list_blocks(
+    pattern: BlockPattern | CausalPattern, first: int, last: int, device, dtype: torch.dtype, *, structured: bool
+) -> _Lists:
+    """The random blocks of the rows from `first` to `last`, and with `structured` those of the window and the global
+    ones, too."""
+    lists = pattern.structured_lists(first, last)[:, None] if structured else None
+    if pattern.random_blocks is not None:
+        random = torch.as_tensor(pattern.random_blocks)[:, first:last].transpose(0, 1)
+        lists = random if lists is None else torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=-1)
+    empty = lists == NO_BLOCK
+    bias = additive_mask(~empty, dtype)
+    if structured and pattern.first_block_extra:
+        bias[..., 0] = math.log1p(pattern.first_block_extra)
+    is_needed = is_tracing() or bias.any()
+    return _Lists(lists.masked_fill(empty, 0).to(device), bias.to(device) if is_needed else None)
+
+
 def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
     """Block-sparse attention on `[batch, blocks, block, heads, dim]` with plain `scaled_dot_product_attention`."""
-    rows = range(pattern.first_row, pattern.last_row)
-    inner = _attend_to_lists(query, key, value, bias, pattern, rows, scaling)
-    if not pattern.global_blocks:
+    first, last = pattern.first_row, pattern.last_row
+    inner = _attend_to_lists(query, key, value, bias, pattern, first, last, scaling)
+    if not pattern.num_leading + pattern.num_trailing:
         return inner
-    global_query = _as_sequence(query[:, pattern.global_blocks])
+    global_query = _as_sequence(torch.cat((query[:, :first], query[:, last:]), dim=1))
     global_bias = None if bias is None else bias[:, None, None]
     attend = nn.functional.scaled_dot_product_attention
     outer = attend(global_query, _as_sequence(key), _as_sequence(value), global_bias, scale=scaling)
     outer = outer.transpose(1, 2).unflatten(1, (-1, query.shape[2]))
-    return torch.cat((outer[:, : rows.start], inner, outer[:, rows.start :]), dim=1)
+    return torch.cat((outer[:, :first], inner, outer[:, first:]), dim=1)
 
 
 def _gathered_causal_attention(query, key, value, bias, pattern, scaling) -> Tensor:
@@ -169,22 +168,22 @@ def _gathered_causal_attention(query, key, value, bias, pattern, scaling) -> Ten
     window = _causal_bias(block_size, query.device, query.dtype, before=pattern.window - 1)
     listed = (pattern.num_leading, len(pattern.random_blocks[0, 0]) if pattern.random_blocks is not None else 0)
     own_block = nn.functional.pad(window, [blocks * block_size for blocks in listed])
-    sparse = _attend_to_lists(query, key, value, bias, pattern, rows, scaling, own_block)
+    sparse = _attend_to_lists(query, key, value, bias, pattern, rows.start, rows.stop, scaling, own_block)
     return torch.cat((full, sparse), dim=1)
 
 
-def _attend_to_lists(query, key, value, bias, pattern, rows, scaling, own_block=None) -> Tensor:
-    """What `rows` read, gathered: `[batch, rows, block, heads, dim]`. `own_block`, `[block, keys]`, is added to the
+def _attend_to_lists(query, key, value, bias, pattern, first, last, scaling, own_block=None) -> Tensor:
+    """What the rows from `first` to `last` read, gathered: `[batch, rows, block, heads, dim]`. `own_block`, `[block, keys]`, is added to the
     scores of each row."""
     batch, _, block_size, _, _ = query.shape
-    lists = _Lists.of(pattern, rows, query.device, query.dtype, structured=True)
+    lists = _list_blocks(pattern, first, last, query.device, query.dtype, structured=True)
     keys, values = (lists.gather(tensor).flatten(0, 1) for tensor in (key, value))
     score_bias = lists.key_bias(bias, block_size)
     if score_bias is not None:
         score_bias = score_bias.expand(batch, -1, -1, block_size, -1).flatten(0, 1)
     if own_block is not None:
         score_bias = own_block if score_bias is None else torch.minimum(score_bias, own_block)
-    row_query = query[:, rows.start : rows.stop].flatten(0, 1).transpose(1, 2)
+    row_query = query[:, first:last].flatten(0, 1).transpose(1, 2)
     context = nn.functional.scaled_dot_product_attention(row_query, keys, values, score_bias, scale=scaling)
     return context.transpose(1, 2).unflatten(0, (batch, -1))
 
@@ -327,7 +326,8 @@ def _row_groups(pattern: BlockPattern | CausalPattern, query: Tensor) -> list[tu
         inner = range(pattern.last_row, pattern.last_row)
     for rows in (range(pattern.first_row, inner.start), range(inner.stop, pattern.last_row)):
         if rows:
-            parts = [_GatheredPart(rows, _Lists.of(pattern, rows, device, dtype, structured=True), batch)]
+            lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=True)
+            parts = [_GatheredPart(rows, lists, batch)]
             groups.append((slice(rows.start, rows.stop), parts))
     if inner:
         rows = slice(inner.start, inner.stop)
@@ -335,7 +335,8 @@ def _row_groups(pattern: BlockPattern | CausalPattern, query: Tensor) -> list[tu
         if pattern.global_blocks:
             parts.append(_DensePart(rows, pattern.global_blocks, _global_log_counts(pattern, device, dtype)))
         if pattern.random_blocks is not None:
-            parts.append(_GatheredPart(inner, _Lists.of(pattern, inner, device, dtype, structured=False), batch))
+            lists = _list_blocks(pattern, inner.start, inner.stop, device, dtype, structured=False)
+            parts.append(_GatheredPart(inner, lists, batch))
         groups.append((rows, parts))
     return groups
 
@@ -353,7 +354,8 @@ def _causal_row_groups(pattern: CausalPattern, query: Tensor) -> list[tuple[slic
         if pattern.num_leading:
             parts.append(_DensePart(slice(rows.start, rows.stop), slice(0, pattern.num_leading)))
         if pattern.random_blocks is not None:
-            parts.append(_GatheredPart(rows, _Lists.of(pattern, rows, device, dtype, structured=False), batch))
+            lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=False)
+            parts.append(_GatheredPart(rows, lists, batch))
         groups.append((slice(rows.start, rows.stop), parts))
     return groups
 
