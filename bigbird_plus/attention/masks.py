@@ -87,11 +87,9 @@ def full_attention_mask(
             return None
         return additive_mask(causal_mask(query_positions, keys), dtype)[None, None]
     expanded = expand_mask(attention_mask, batch, heads, queries, keys, may_end_elsewhere=is_causal)
-    if expanded.is_floating_point():
-        return expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
     if is_causal and attention_mask.dim() < 4:
         expanded = expanded & causal_mask(query_positions, keys)
-    return additive_mask(expanded, dtype)
+    return _to_be_added(expanded, dtype)
 
 
 def cross_attention_mask(
@@ -115,7 +113,14 @@ def cross_attention_mask(
     if _passes_masks_unexpanded(implementation):
         return _unexpanded(attention_mask, keys)
     expanded = expand_mask(attention_mask, batch, heads, queries, keys, name)
-    return expanded if expanded.is_floating_point() else additive_mask(expanded, dtype)
+    return _to_be_added(expanded, dtype)
+
+
+def _to_be_added(expanded, dtype):
+    """Numbers stay as they are, but finite."""
+    if expanded.is_floating_point():
+        return expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
+    return additive_mask(expanded, dtype)
 
 
 def decoder_key_mask(
