@@ -49,6 +49,12 @@ class BigBirdConfig(PretrainedConfig):
         num_sliding_window_blocks (`int`, defaults to 3): width of the window in blocks, itself included; odd.
         num_global_blocks (`int`, defaults to 2): blocks that read everything and are read by all. The first half of
             them (rounded up) stands at the beginning of the input, the others at its end.
+        pattern_per_document (`bool`, defaults to `False`): give each document of a padded batch, left or right, the
+            outputs that it has alone: blocks, pattern and default positions are counted over its own tokens. By
+            default they follow the tensor, padding included, as in transformers' own BigBird. Encoders only; has no
+            effect while a graph is traced (`torch.compile`, `torch.export`).
+        sparse_prediction (`bool`, defaults to `False`): let `BigBirdForMaskedLM` compute logits only where a label
+            counts, if labels are given: `logits` then is `[labels that count, vocab_size]`. The loss is the same.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
         add_cross_attention (`bool`, defaults to `False`): whether the layers also read an encoder's states.
         tie_word_embeddings (`bool`, defaults to `True`): whether the language modelling head shares the embeddings.
@@ -90,6 +96,8 @@ class BigBirdConfig(PretrainedConfig):
         eval_random_blocks=False,
         num_sliding_window_blocks=3,
         num_global_blocks=2,
+        pattern_per_document=False,
+        sparse_prediction=False,
         is_decoder=False,
         add_cross_attention=False,
         tie_word_embeddings=True,
@@ -118,6 +126,8 @@ class BigBirdConfig(PretrainedConfig):
         self.eval_random_blocks = eval_random_blocks
         self.num_sliding_window_blocks = num_sliding_window_blocks
         self.num_global_blocks = num_global_blocks
+        self.pattern_per_document = pattern_per_document
+        self.sparse_prediction = sparse_prediction
         # Newer transformers do not declare these three in the base class, and read them all the same.
         self.is_decoder = is_decoder
         self.add_cross_attention = add_cross_attention

@@ -1,5 +1,7 @@
 """BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
@@ -11,8 +13,17 @@ from transformers.modeling_outputs import (
 from transformers.pytorch_utils import apply_chunking_to_forward, prune_linear_layer
 
 from ._compat import cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
-from .attention import SparseInput, attend_fully, attend_sparsely, make_sparse_input, masks, pad_to_blocks
+from .attention import (
+    SparseInput,
+    attend_fully,
+    attend_in_documents,
+    attend_sparsely,
+    make_sparse_input,
+    masks,
+    pad_to_blocks,
+)
 from .attention.causal import CausalInput, attend_causally, make_causal_input
+from .attention.packing import PackedInput, pack_documents
 from .attention.pattern import Sparsity
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
@@ -35,6 +46,21 @@ def as_requested(output, return_dict: bool | None, config):
     if wants_tuples(config) if return_dict is None else not return_dict:
         return output.to_tuple()
     return output
+
+
+def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
+    """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
+    the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
+    if not config.pattern_per_document or attention_mask is None or attention_mask.dim() != 2:
+        return torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
+    return (attention_mask != 0).int().argmax(dim=-1)
+
+
+def first_states(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
+    """`[batch, hidden_size]`: the state of each document's first token."""
+    if not config.pattern_per_document:
+        return states[:, 0]
+    return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
 class BigBirdEmbeddings(nn.Module):
@@ -98,7 +124,11 @@ class BigBirdSelfAttention(nn.Module):
             "implementation": self.config._attn_implementation,
             "output_attentions": output_attentions,
         }
-        if isinstance(mask, SparseInput):
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if isinstance(mask, PackedInput):
+            how = {**how, "dropout": dropout, "layer_idx": self.layer_idx, "heads": self.heads}
+            context, probabilities = attend_in_documents(self, query, key, value, mask, **how)
+        elif isinstance(mask, SparseInput):
             pattern = mask.sparsity.pattern(mask.num_blocks, layer_idx=self.layer_idx, training=self.training)
             pattern = pattern.for_heads(self.heads)
             context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, **how)
@@ -106,7 +136,6 @@ class BigBirdSelfAttention(nn.Module):
             pattern = mask.sparsity.causal_pattern(mask.num_blocks, layer_idx=self.layer_idx).for_heads(self.heads)
             context, probabilities = attend_causally(query, key, value, pattern, mask, **how)
         else:
-            dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
             context, probabilities = attend_fully(self, query, key, value, mask, dropout=dropout, **how)
         if head_mask is not None:
             context = context * head_mask[:, None, None]
@@ -257,35 +286,38 @@ class BigBirdEncoder(nn.Module):
         output_attentions,
         output_hidden_states,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """All layers on `[batch, padded length, hidden_size]`; what comes out is cut to `length` tokens."""
-        all_hidden_states, attentions, cross_attentions = (_cut(hidden_states, length, 1),), (), ()
+        """All layers on `[batch, padded length, hidden_size]`, or on a packed batch; what comes out is `[batch,
+        length, hidden_size]`."""
+        restore = mask.unpack if isinstance(mask, PackedInput) else partial(_cut, length=length, dim=1)
+        all_hidden_states, attentions, cross_attentions = (
+            (restore(hidden_states),) if output_hidden_states else (),
+            (),
+            (),
+        )
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
             hidden_states, attention, cross_attention = layer(
                 hidden_states, mask, head_mask, *others, output_attentions, past_key_values=past_key_values
             )
             if output_hidden_states:
-                all_hidden_states += (_cut(hidden_states, length, 1),)
+                all_hidden_states += (restore(hidden_states),)
             if output_attentions:
                 is_sparse = isinstance(mask, SparseInput)
-                attentions += (_cut(attention, length, 2, 3) if is_sparse else attention,)
+                attentions += (_cut(_cut(attention, length, 2), length, 3) if is_sparse else attention,)
                 cross_attentions += () if cross_attention is None else (cross_attention,)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=_cut(hidden_states, length, 1),
+            last_hidden_state=restore(hidden_states),
             past_key_values=past_key_values,
-            hidden_states=all_hidden_states if output_hidden_states else None,
+            hidden_states=all_hidden_states,
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions or None,
         )
 
 
-def _cut(tensor: Tensor, length: int, *dims: int) -> Tensor:
+def _cut(tensor: Tensor, length: int, dim: int) -> Tensor:
     """`tensor` without what lies beyond `length`; itself, not a view of it, if there is nothing."""
-    for dim in dims:
-        if masks.is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
-            tensor = tensor.index_select(dim, torch.arange(length, device=tensor.device))
-        elif tensor.shape[dim] != length:
-            tensor = tensor.narrow(dim, 0, length)
-    return tensor
+    if masks.is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
+        return tensor.index_select(dim, torch.arange(length, device=tensor.device))
+    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length)
 
 
 class BigBirdPreTrainedModel(PreTrainedModel):
@@ -378,6 +410,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
+        computes_padding: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Hidden states of `[batch, length]` tokens.
@@ -397,6 +430,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             use_cache: whether a decoder fills and returns a cache; `config.use_cache` by default.
             output_attentions, output_hidden_states, return_dict: as in all models of transformers.
             cache_position: `int64`, `[length]`: places of the tokens in the cache.
+            computes_padding: whether the states of padding shall be computed, too. They are zero otherwise where
+                leaving them out saves time.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
@@ -417,18 +452,18 @@ class BigBirdModel(BigBirdPreTrainedModel):
         past = tokens_in_cache(past_key_values, cache_position)
         if cache_position is None:
             cache_position = torch.arange(length, device=device) + past
-        self._check_length(past, length, position_ids)
+        packed = None if computes_padding else self._pack(attention_mask, batch, length, past_key_values)
+        self._check_length(past, length, position_ids, packed)
         positions = cache_position[None] if position_ids is None else position_ids
+        if packed is not None:
+            positions = packed.positions if position_ids is None else packed.pack(position_ids)
+            input_ids, token_type_ids, inputs_embeds = map(packed.pack, (input_ids, token_type_ids, inputs_embeds))
 
         hidden_states = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
-        keys = length if past_key_values is None else cached_key_length(past_key_values, length, cache_position)
-        packed = position_ids if config.is_decoder and past_key_values is None and attention_mask is None else None
-        if not self._reads_sparsely(keys, past_key_values):
-            mask = self._full_mask(attention_mask, packed, hidden_states, cache_position, past, keys)
-        elif config.is_decoder:
-            mask = self._causal_input(attention_mask, packed, batch, cache_position, past, keys)
-        else:
-            mask = self._sparse_input(attention_mask, batch, length, device)
+        mask = packed
+        if packed is None:
+            mask = self._mask(attention_mask, position_ids, hidden_states, cache_position, past, past_key_values)
+        if isinstance(mask, SparseInput):
             hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
         outputs = self.encoder(
             hidden_states,
@@ -443,14 +478,16 @@ class BigBirdModel(BigBirdPreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            pooler_output=self._pool(outputs.last_hidden_state), **outputs
+            pooler_output=self._pool(outputs.last_hidden_state, attention_mask), **outputs
         )
         if wants_tuple_cache:
             output.past_key_values = tuples_of_cache(past_key_values)
         return as_requested(output, return_dict, config)
 
-    def _pool(self, hidden_states):
-        return None if self.pooler is None else torch.tanh(self.pooler(hidden_states[:, 0]))
+    def _pool(self, hidden_states, attention_mask):
+        if self.pooler is None:
+            return None
+        return torch.tanh(self.pooler(first_states(hidden_states, attention_mask, self.config)))
 
     def _reads_sparsely(self, keys, past_key_values) -> bool:
         """Whether this call does: if there are more keys than the pattern lets a token read anyway. (A decoder's first
@@ -458,6 +495,18 @@ class BigBirdModel(BigBirdPreTrainedModel):
         sparsity = Sparsity.from_config(self.config)
         knows_how = self.config.is_decoder or past_key_values is None
         return knows_how and self.attention_type == "block_sparse" and keys > sparsity.full_attention_length
+
+    def _mask(self, attention_mask, position_ids, hidden_states, cache_position, past, cache):
+        """What self-attention has to know of an input that is not packed."""
+        batch, length = hidden_states.shape[:2]
+        keys = length if cache is None else cached_key_length(cache, length, cache_position)
+        no_mask = self.config.is_decoder and cache is None and attention_mask is None
+        document_positions = position_ids if no_mask else None
+        if not self._reads_sparsely(keys, cache):
+            return self._full_mask(attention_mask, document_positions, hidden_states, cache_position, past, keys)
+        if self.config.is_decoder:
+            return self._causal_input(attention_mask, document_positions, batch, cache_position, past, keys)
+        return self._sparse_input(attention_mask, batch, length, hidden_states.device)
 
     def _prepare_cache(self, past_key_values, use_cache):
         """The cache to use, a new one where a decoder shall return one; None for none."""
@@ -472,8 +521,28 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         return past_key_values
 
-    def _check_length(self, past, length, position_ids):
+    def _pack(self, attention_mask, batch, length, cache) -> PackedInput | None:
+        """The batch without its padding, where that saves anything, or is to change how documents are read."""
+        config = self.config
+        packs = config.pattern_per_document or config._attn_implementation != "eager"
+        if not packs or config.is_decoder or cache is not None or masks.is_tracing():
+            return None
+        if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        mask = masks.padding_mask(attention_mask, batch, length)
+        if mask is None:
+            return None
+        return pack_documents(
+            Sparsity.from_config(config),
+            mask,
+            reads_sparsely=self._reads_sparsely(length, cache),
+            per_document=config.pattern_per_document,
+        )
+
+    def _check_length(self, past, length, position_ids, packed):
         most = self.config.max_position_embeddings
+        if packed is not None and self.config.pattern_per_document:
+            length = max(span.length for span in packed.spans)
         if position_ids is None and isinstance(past, int) and past + length > most:
             raise ValueError(
                 f"The input has {past + length} tokens, but max_position_embeddings is {most}. Cut it "
@@ -489,8 +558,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
         mask = masks.padding_mask(attention_mask, batch, length)
         return make_sparse_input(Sparsity.from_config(self.config), mask, batch, length, device)
 
-    def _causal_input(self, attention_mask, packed, batch, cache_position, past, keys) -> CausalInput:
-        if packed is not None and not torch.compiler.is_compiling() and masks.document_starts(packed).any():
+    def _causal_input(self, attention_mask, document_positions, batch, cache_position, past, keys) -> CausalInput:
+        is_known = document_positions is not None and not torch.compiler.is_compiling()
+        if is_known and masks.document_starts(document_positions).any():
             raise ValueError(
                 "position_ids start anew within a row, as those of packed documents do. Give each document a row of "
                 "its own, or use attention_type='original_full'."
@@ -499,10 +569,12 @@ class BigBirdModel(BigBirdPreTrainedModel):
             Sparsity.from_config(self.config), attention_mask, batch=batch, places=cache_position, past=past, keys=keys
         )
 
-    def _full_mask(self, attention_mask, packed, hidden_states, cache_position, past, keys) -> Tensor | None:
+    def _full_mask(
+        self, attention_mask, document_positions, hidden_states, cache_position, past, keys
+    ) -> Tensor | None:
         batch = hidden_states.shape[0]
-        if packed is not None:
-            attention_mask = masks.same_document_mask(packed.expand(batch, -1))
+        if document_positions is not None:
+            attention_mask = masks.same_document_mask(document_positions.expand(batch, -1))
         return masks.full_attention_mask(
             attention_mask,
             batch=batch,

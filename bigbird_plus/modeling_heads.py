@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput, logging
 
+from .attention import masks
 from .modeling_big_bird import (
     BigBirdIntermediate,
     BigBirdModel,
@@ -21,6 +22,8 @@ from .modeling_big_bird import (
     BigBirdPreTrainedModel,
     activation_function,
     as_requested,
+    first_places,
+    first_states,
 )
 
 logger = logging.get_logger(__name__)
@@ -59,6 +62,9 @@ class BigBirdForQuestionAnsweringModelOutput(ModelOutput):
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+IGNORED_LABEL = -100
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -281,7 +287,8 @@ class BigBirdForMaskedLM(_LanguageModel):
         """Arguments as those of `BigBirdModel.forward`, and:
 
         Args:
-            labels: `int64`, `[batch, length]`: the words to predict, -100 where none is.
+            labels: `int64`, `[batch, length]`: the words to predict, -100 where none is. With
+                `config.sparse_prediction` the logits are those of the words to predict alone, `[words, vocab_size]`.
         """
         outputs = self.bert(
             input_ids,
@@ -298,7 +305,11 @@ class BigBirdForMaskedLM(_LanguageModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.cls(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and self.config.sparse_prediction and not masks.is_tracing():
+            counts = labels != IGNORED_LABEL
+            hidden_states, labels = hidden_states[counts], labels[counts]
+        logits = self.cls(hidden_states)
         output = MaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
@@ -407,9 +418,9 @@ class BigBirdClassificationHead(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[batch, num_labels]` from `[batch, length, hidden_size]`."""
-        first = self.dropout(hidden_states[:, 0])
-        return self.out_proj(self.dropout(self.activation(self.dense(first))))
+        """`[batch, num_labels]` from the first tokens' states, `[batch, hidden_size]`."""
+        states = self.dropout(hidden_states)
+        return self.out_proj(self.dropout(self.activation(self.dense(states))))
 
 
 class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
@@ -457,7 +468,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.classifier(outputs.last_hidden_state)
+        logits = self.classifier(first_states(outputs.last_hidden_state, attention_mask, self.config))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
             logits=logits,
@@ -668,11 +679,16 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            # the loss is of all places of the tensor, padding included, unless documents are read as they are alone
+            computes_padding=start_positions is not None and not self.config.pattern_per_document,
         )
         logits = self.qa_classifier(outputs.last_hidden_state)
         if in_question is not None:
-            no_answer = in_question & (torch.arange(length, device=in_question.device) > 0)
+            first = first_places(logits, attention_mask, self.config)
+            no_answer = in_question & (torch.arange(length, device=in_question.device) != first[:, None])
             logits = logits - no_answer[..., None] * 1e6
+        if self.config.pattern_per_document and attention_mask is not None:
+            logits = logits - (attention_mask == 0)[..., None] * 1e6
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import eager, sdpa
-from .masks import additive_mask, is_tracing, padding_mask
+from .masks import additive_mask, is_tracing, key_mask_bias, padding_mask
+from .packing import PackedInput
 from .pattern import BlockPattern, Sparsity
 
 
@@ -106,6 +107,52 @@ def attend_fully(
     if output_attentions:
         probabilities = _full_probabilities(module, query, key, value, mask, scaling)
     return context.transpose(1, 2), probabilities
+
+
+def attend_in_documents(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedInput,
+    *,
+    layer_idx: int,
+    heads: list[int],
+    dropout: float = 0.0,
+    output_attentions: bool = False,
+    **how,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of each document of a packed batch to itself.
+
+    Args:
+        module, query, key, value, how: as those of `attend_fully`; the batch is one row of `[1, heads, packed length,
+            head_dim]`.
+        packed: where the documents stand, and how they are read.
+        layer_idx: the layer, for its random blocks.
+        heads: which of the heads there are, if some were pruned.
+
+    Returns:
+        The context, `[1, heads, packed length, head_dim]`, and the probabilities as of the padded batch, `[batch,
+        heads, length, length]`, or None unless `output_attentions`.
+    """
+    contexts, all_probabilities = [], None
+    if output_attentions:
+        all_probabilities = query.new_zeros(packed.batch, query.shape[1], packed.length, packed.length)
+    for span in packed.spans:
+        places = slice(span.start, span.start + span.size)
+        tensors = [tensor[:, :, places] for tensor in (query, key, value)]
+        key_mask = packed.key_mask[:, places] if span.has_padding else None
+        if span.num_blocks is None:
+            bias = None if key_mask is None else key_mask_bias(key_mask, query.dtype, how["implementation"])
+            result = attend_fully(module, *tensors, bias, dropout=dropout, output_attentions=output_attentions, **how)
+        else:
+            pattern = span.pattern(packed.sparsity, layer_idx, module.training).for_heads(heads)
+            result = attend_sparsely(*tensors, pattern, key_mask, output_attentions=output_attentions, **how)
+        contexts.append(result[0])
+        if output_attentions:
+            own = slice(span.first, span.first + span.length)
+            all_probabilities[span.row, :, own, own] = result[1][0, :, : span.length, : span.length]
+    return torch.cat(contexts, dim=2), all_probabilities
 
 
 def _full_probabilities(module, query, key, value, mask, scaling):

@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def is_tracing() -> bool:
-    """Whether a graph is being made of what happens: by `torch.compile`, `torch.export` or `torch.jit.trace`."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether a graph is being made of what happens: by `torch.compile`, `torch.export`, `torch.jit.trace` or CUDA."""
+    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or captures
 
 
 def may_read_values(tensor: Tensor) -> bool:
@@ -169,6 +170,11 @@ def _keys_of_causal_mask(attention_mask, batch, query_positions, keys):
                 "attention_type='original_full'."
             )
     return mask
+
+
+def key_mask_bias(key_mask: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
+    """What full attention adds to its scores for the sake of padding alone; `key_mask` is `bool`, `[batch, keys]`."""
+    return key_mask if _passes_masks_unexpanded(implementation) else additive_mask(key_mask[:, None, None], dtype)
 
 
 def _passes_masks_unexpanded(implementation: str) -> bool:

@@ -89,20 +89,20 @@ class Sparsity:
 
     def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "CausalPattern":
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
-        num_leading = (self.num_global_blocks + 1) // 2
-        num_full = self.full_attention_length // self.block_size
-        random_blocks = None
-        if self.num_random_blocks:
-            plan = _causal_plan(
-                num_heads=self.num_attention_heads,
-                num_random_blocks=self.num_random_blocks,
-                first_row=num_full,
-                num_leading=num_leading,
-                window=self.num_sliding_window_blocks,
-                layer_idx=layer_idx,
-            )
-            random_blocks = plan.blocks(num_blocks)
-        return CausalPattern(num_blocks, num_full, num_leading, self.num_sliding_window_blocks, random_blocks)
+        if not self.num_random_blocks:
+            random_blocks = None
+        elif torch.compiler.is_compiling():
+            settings = [getattr(self, name) for name in self.__dataclass_fields__]
+            random_blocks = torch.ops.bigbird_plus.causal_random_blocks(settings, num_blocks, layer_idx)
+        else:
+            random_blocks = _causal_plan(self, layer_idx).blocks(num_blocks)
+        return CausalPattern(
+            num_blocks=num_blocks,
+            num_full=self.full_attention_length // self.block_size,
+            num_leading=(self.num_global_blocks + 1) // 2,
+            window=self.num_sliding_window_blocks,
+            random_blocks=random_blocks,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +119,8 @@ class BlockPattern:
         num_leading, num_trailing: global blocks at its beginning and at its end.
         half_window: blocks of the window on either side of a block.
         first_block_extra: additional readings of block 0, see `BigBirdConfig.eval_random_blocks`.
-        random_blocks: `int64` array `[heads, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a tensor
-            while a graph is traced.
+        random_blocks: `int64` array `[heads, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a
+            tensor while a graph is traced.
     """
 
     num_blocks: int
@@ -155,6 +155,23 @@ class BlockPattern:
         if self.random_blocks is None or len(heads) == len(self.random_blocks):
             return self
         return replace(self, random_blocks=self.random_blocks[list(heads)])
+
+    def cut(self, first: int, last: int) -> "BlockPattern":
+        """The blocks from `first` to `last` as they read each other: what is left where all others are padding."""
+        if last - first == self.num_blocks:
+            return self
+        random_blocks = self.random_blocks
+        if random_blocks is not None:
+            random_blocks = random_blocks[:, first:last] - first
+            random_blocks = np.where((random_blocks >= 0) & (random_blocks < last - first), random_blocks, NO_BLOCK)
+        return BlockPattern(
+            num_blocks=last - first,
+            num_leading=min(max(self.num_leading - first, 0), last - first),
+            num_trailing=min(max(last - self.last_row, 0), last - first),
+            half_window=self.half_window,
+            first_block_extra=self.first_block_extra if first == 0 else 0,
+            random_blocks=random_blocks,
+        )
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -290,22 +307,22 @@ class CausalPattern:
         num_full: blocks at its beginning that read everything up to themselves.
         num_leading: blocks at its beginning that all read.
         window: blocks of the window.
-        random_blocks: `int64` array `[heads, num_blocks, random]`, or `None`. Of the first `num_full` rows it says
-            nothing.
+        random_blocks: `int64` array `[heads, num_blocks, random]`, or `None`; a tensor while a graph is traced. Of the
+            first `num_full` rows it says nothing.
     """
 
     num_blocks: int
     num_full: int
     num_leading: int
     window: int
-    random_blocks: np.ndarray | None = field(default=None, repr=False)
+    random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
 
     first_block_extra = 0
 
     @property
-    def sparse_rows(self) -> range:
-        """The blocks that do not read everything up to themselves."""
-        return range(min(self.num_full, self.num_blocks), self.num_blocks)
+    def first_sparse_row(self) -> int:
+        """The first block that does not read everything up to itself; the number of blocks if there is none."""
+        return min(self.num_full, self.num_blocks)
 
     def for_heads(self, heads) -> "CausalPattern":
         """The pattern of some of the heads: what is left after others were pruned."""
@@ -322,7 +339,7 @@ class CausalPattern:
         reads = (distance < self.window) | (block < self.num_leading) | (block[:, None] < self.num_full)
         counts = np.repeat((reads & (distance >= 0))[None].astype(np.int64), heads, axis=0)
         if self.random_blocks is not None:
-            rows = np.arange(self.sparse_rows.start, self.num_blocks)
+            rows = np.arange(self.first_sparse_row, self.num_blocks)
             counts[np.arange(heads)[:, None, None], rows[:, None], self.random_blocks[:, rows]] = 1
         return counts
 
@@ -337,8 +354,8 @@ class CausalPattern:
         return torch.cat((torch.arange(self.num_leading).expand(window.shape[0], -1), window), dim=1)
 
     def lists(self, first: int, last: int) -> Tensor:
-        """All blocks that each of the rows from `first` to `last` reads, random ones last: `int64` tensor `[rows, heads
-        or 1, blocks]`."""
+        """All blocks that each of the rows from `first` to `last` reads, random ones last: `int64` tensor `[rows,
+        heads or 1, blocks]`."""
         lists = self.structured_lists(first, last)[:, None]
         if self.random_blocks is None:
             return lists
@@ -347,5 +364,24 @@ class CausalPattern:
 
 
 @lru_cache(maxsize=256)
-def _causal_plan(**settings) -> CausalPlan:
-    return CausalPlan(**settings)
+def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
+    return CausalPlan(
+        num_heads=sparsity.num_attention_heads,
+        num_random_blocks=sparsity.num_random_blocks,
+        first_row=sparsity.full_attention_length // sparsity.block_size,
+        num_leading=(sparsity.num_global_blocks + 1) // 2,
+        window=sparsity.num_sliding_window_blocks,
+        layer_idx=layer_idx,
+    )
+
+
+@torch.library.custom_op("bigbird_plus::causal_random_blocks", mutates_args=())
+def _traced_causal_random_blocks(settings: list[int], num_blocks: int, layer_idx: int) -> Tensor:
+    """The same for decoders."""
+    return torch.from_numpy(_causal_plan(Sparsity(*settings), layer_idx).blocks(num_blocks).copy())
+
+
+@_traced_causal_random_blocks.register_fake
+def _(settings, num_blocks, layer_idx):
+    num_heads, _, num_random_blocks, *_ = settings
+    return torch.empty(num_heads, num_blocks, num_random_blocks, dtype=torch.int64)

@@ -156,25 +156,25 @@ def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
 
 def _gathered_causal_attention(query, key, value, bias, pattern, scaling) -> Tensor:
     """The same for a decoder."""
-    block_size, rows = query.shape[2], pattern.sparse_rows
-    first = [_as_sequence(tensor[:, : rows.start]) for tensor in (query, key, value)]
-    full_bias = _causal_bias(rows.start * block_size, query.device, query.dtype)
+    block_size, first = query.shape[2], pattern.first_sparse_row
+    full_bias = _causal_bias(first * block_size, query.device, query.dtype)
     if bias is not None:
-        full_bias = torch.minimum(full_bias, bias[:, None, None, : len(full_bias)])
-    full = nn.functional.scaled_dot_product_attention(*first, full_bias, scale=scaling)
+        full_bias = torch.minimum(full_bias, bias[:, None, None, : full_bias.shape[0]])
+    tensors = [_as_sequence(tensor[:, :first]) for tensor in (query, key, value)]
+    full = nn.functional.scaled_dot_product_attention(*tensors, full_bias, scale=scaling)
     full = full.transpose(1, 2).unflatten(1, (-1, block_size))
-    if not rows:
+    if first == pattern.num_blocks:
         return full
     window = _causal_bias(block_size, query.device, query.dtype, before=pattern.window - 1)
-    listed = (pattern.num_leading, len(pattern.random_blocks[0, 0]) if pattern.random_blocks is not None else 0)
+    listed = (pattern.num_leading, pattern.random_blocks.shape[2] if pattern.random_blocks is not None else 0)
     own_block = nn.functional.pad(window, [blocks * block_size for blocks in listed])
-    sparse = _attend_to_lists(query, key, value, bias, pattern, rows.start, rows.stop, scaling, own_block)
+    sparse = _attend_to_lists(query, key, value, bias, pattern, first, pattern.num_blocks, scaling, own_block)
     return torch.cat((full, sparse), dim=1)
 
 
 def _attend_to_lists(query, key, value, bias, pattern, first, last, scaling, own_block=None) -> Tensor:
-    """What the rows from `first` to `last` read, gathered: `[batch, rows, block, heads, dim]`. `own_block`, `[block, keys]`, is added to the
-    scores of each row."""
+    """What the rows from `first` to `last` read, gathered: `[batch, rows, block, heads, dim]`. `own_block`, `[block,
+    keys]`, is added to the scores of each row."""
     batch, _, block_size, _, _ = query.shape
     lists = _list_blocks(pattern, first, last, query.device, query.dtype, structured=True)
     keys, values = (lists.gather(tensor).flatten(0, 1) for tensor in (key, value))
@@ -344,7 +344,7 @@ def _row_groups(pattern: BlockPattern | CausalPattern, query: Tensor) -> list[tu
 def _causal_row_groups(pattern: CausalPattern, query: Tensor) -> list[tuple[slice, list[_DensePart]]]:
     """The same for a decoder."""
     batch, device, dtype = query.shape[0], query.device, score_dtype(query)
-    rows = pattern.sparse_rows
+    rows = range(pattern.first_sparse_row, pattern.num_blocks)
     full = slice(0, rows.start)
     groups = [(full, [_DensePart(full, full, is_causal=True)])]
     if rows:

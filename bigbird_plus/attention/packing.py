@@ -1,0 +1,120 @@
+"""Batches of documents of different lengths as one row of real tokens: padding costs nothing.
+
+Packing changes what a batch costs, not what it means: a packed document keeps the positions and the part of the
+pattern that it has in the padded tensor. With `pattern_per_document` it gets those that it has alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pattern import BlockPattern, Sparsity
+
+
+class Span(NamedTuple):
+    """One document of a packed batch.
+
+    row: its row in the padded batch.
+    first: place of the first of its tokens there.
+    length: how many tokens are taken along, padding between them included.
+    start: place of the first one in the packed row.
+    size: places taken there: the length, filled up to whole blocks where attention is sparse.
+    num_blocks: blocks of the pattern of which this document reads a part; None if it is read in full.
+    first_block: block of that pattern with which the document begins.
+    has_padding: whether there is padding among its places.
+    """
+
+    row: int
+    first: int
+    length: int
+    start: int
+    size: int
+    num_blocks: int | None
+    first_block: int
+    has_padding: bool
+
+    def pattern(self, sparsity: Sparsity, layer_idx: int, training: bool) -> BlockPattern:
+        """Which of its blocks read which."""
+        whole = sparsity.pattern(self.num_blocks, layer_idx=layer_idx, training=training)
+        return whole.cut(self.first_block, self.first_block + self.size // sparsity.block_size)
+
+
+class PackedInput(NamedTuple):
+    """What all layers have to know of a packed batch.
+
+    sparsity: the settings of the pattern.
+    spans: the documents, in the order in which they are packed.
+    places: `int64`, `[packed length]`: where each packed token comes from, in the flattened padded batch.
+    positions: `int64`, `[1, packed length]`: default positions of the tokens.
+    key_mask: `bool`, `[1, packed length]`, False for padding.
+    batch, length: the shape of the padded batch.
+    """
+
+    sparsity: Sparsity
+    spans: tuple[Span, ...]
+    places: Tensor
+    positions: Tensor
+    key_mask: Tensor
+    batch: int
+    length: int
+
+    def pack(self, tensor: Tensor | None) -> Tensor | None:
+        """`[batch or 1, length, ...]` -> `[1, packed length, ...]`."""
+        if tensor is None:
+            return None
+        return tensor.expand(self.batch, *tensor.shape[1:]).flatten(0, 1)[self.places][None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[1, packed length, ...]` -> `[batch, length, ...]`, with zeros for padding."""
+        padded = packed.new_zeros(self.batch * self.length, *packed.shape[2:])
+        padded = padded.index_put((self.places[self.key_mask[0]],), packed[self.key_mask])
+        return padded.unflatten(0, (self.batch, self.length))
+
+
+def pack_documents(
+    sparsity: Sparsity, mask: Tensor, *, reads_sparsely: bool, per_document: bool
+) -> PackedInput | None:
+    """Packs a batch, unless that would save nothing.
+
+    Args:
+        mask: `bool`, `[batch, length]`: which tokens are real.
+        reads_sparsely: whether attention to an input of this length is sparse.
+        per_document: whether each document is read as it is alone: counted from its first real token, with a pattern
+            of its own, or in full where it is short enough.
+    """
+    batch, length = mask.shape
+    spans, start = [], 0
+    for row, tokens in enumerate(mask.cpu().unbind()):
+        if tokens.any():
+            spans.append(_span(sparsity, row, tokens, start, reads_sparsely, per_document))
+            start += spans[-1].size
+    block_size = sparsity.block_size if reads_sparsely else 1
+    if not spans or (not per_document and start >= batch * -(-length // block_size) * block_size):
+        return None
+    places, positions, real = (torch.zeros(start, dtype=torch.int64) for _ in range(3))
+    for span in spans:
+        taken, source = slice(span.start, span.start + span.length), torch.arange(span.length) + span.first
+        places[taken] = source + span.row * length
+        positions[taken] = source - span.first if per_document else source
+        real[taken] = 1
+    places, positions, real = (tensor.to(mask.device) for tensor in (places, positions, real))
+    key_mask = mask.flatten()[places] & real.bool()
+    return PackedInput(sparsity, tuple(spans), places, positions[None], key_mask[None], batch, length)
+
+
+def _span(sparsity, row, tokens, start, reads_sparsely, per_document) -> Span:
+    """The span of one row of the mask."""
+    block_size = sparsity.block_size
+    real = tokens.nonzero().flatten()
+    first, end = int(real[0]), int(real[-1]) + 1
+    num_blocks, first_block = None, 0
+    if per_document:
+        reads_sparsely = reads_sparsely and end - first > sparsity.full_attention_length
+        num_blocks = -(-(end - first) // block_size)
+    elif reads_sparsely:
+        first_block, num_blocks = first // block_size, -(-len(tokens) // block_size)
+        first, end = first_block * block_size, min(-(-end // block_size) * block_size, len(tokens))
+    length = end - first
+    size = -(-length // block_size) * block_size if reads_sparsely else length
+    return Span(row, first, length, start, size, num_blocks if reads_sparsely else None, first_block, len(real) < size)
