@@ -4,6 +4,7 @@ from .attention import block_sparse_attention
 from .attention.pattern import BlockPattern, Sparsity
 from .auto import register, unregister
 from .configuration_big_bird import BigBirdConfig
+from .conversion import convert_checkpoint
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
 from .modeling_heads import (
     BigBirdForCausalLM,
@@ -16,6 +17,7 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
+from .pipelines import ExtractiveQuestionAnsweringPipeline
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -37,8 +39,10 @@ __all__ = [
     "BigBirdTokenizer",
     "BigBirdTokenizerFast",
     "BlockPattern",
+    "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
     "block_sparse_attention",
+    "convert_checkpoint",
     "register",
     "unregister",
 ]

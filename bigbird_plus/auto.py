@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.models.auto import configuration_auto, tokenization_auto
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_big_bird import BigBirdConfig
 from .modeling_big_bird import BigBirdModel
@@ -19,6 +20,7 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
+from .pipelines import TASK, ExtractiveQuestionAnsweringPipeline
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -51,7 +53,8 @@ def tables() -> list[dict]:
     lazy_mappings = [configuration_auto.CONFIG_MAPPING, tokenization_auto.TOKENIZER_MAPPING, *auto_mappings]
     names = ("TOKENIZER_MAPPING_NAMES", "REGISTERED_TOKENIZER_CLASSES", "REGISTERED_FAST_ALIASES")  # the last two: 5.x
     by_name = [getattr(tokenization_auto, name) for name in names if hasattr(tokenization_auto, name)]
-    return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables()]
+    pipelines = PIPELINE_REGISTRY.supported_tasks
+    return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables(), pipelines]
 
 
 def peft_tables() -> list[dict]:
@@ -81,6 +84,7 @@ def register() -> None:
         exist_ok=True,
     )
     prefer_registered_tokenizers()
+    register_pipeline()
     for table in peft_tables():
         table.setdefault(BigBirdConfig.model_type, table["bert"])  # the layers have BERT's names
     for table, old in before:
@@ -96,6 +100,18 @@ def unregister() -> None:
             table.pop(key, None)
         else:
             table[key] = value
+
+
+def register_pipeline() -> None:
+    """Give `pipeline` the task "extractive-question-answering"."""
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK,
+        pipeline_class=ExtractiveQuestionAnsweringPipeline,
+        pt_model=AutoModelForQuestionAnswering,
+        type="text",
+    )
+    # Where transformers finds this, it saves a copy of the class's source with each model, and asks to trust it.
+    del ExtractiveQuestionAnsweringPipeline._registered_impl
 
 
 class _HiddenNames(tuple):

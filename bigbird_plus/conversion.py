@@ -167,9 +167,9 @@ def _build(origin: Source, config: BigBirdConfig):
     filled = {own[name].data_ptr() for name in weights}  # a weight can have a second name
     new = [name for name, weight in own.items() if weight.data_ptr() not in filled and ".pooler." not in name]
     if new:
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in new))
         warnings.warn(
-            f"{type(model).__name__} has weights that the source has not: train it before you use it. New are "
-            f"{', '.join(new)}.",
+            f"The source has no weights for {layers} of {type(model).__name__}. They are new: train them first.",
             stacklevel=3,
         )
     if origin.generation_config is not None:
@@ -334,11 +334,12 @@ def _has_file(source, name) -> bool:
 
 def _from_google(checkpoint, architecture) -> Source:
     variables = read_index(checkpoint)
-    weights = {}
-    for name, variable in variables.items():
-        our_name = _rename(name, GOOGLE_NAMES)
-        if our_name.endswith((".weight", ".bias")):  # the others belong to an optimizer
-            weights[our_name] = _linear_weight(name, variable.load()) if name.endswith("/kernel") else variable.load()
+    names = {_rename(name, GOOGLE_NAMES): name for name in variables}
+    weights = {
+        ours: _google_weight(name, variables[name].load())
+        for ours, name in names.items()
+        if ours.endswith((".weight", ".bias"))  # the others belong to an optimizer
+    }
     if WORDS not in weights:
         raise ValueError(f"{checkpoint} is no checkpoint of BigBird: it has no bert/embeddings/word_embeddings.")
     fields = _google_fields(weights)
@@ -360,11 +361,16 @@ def _from_google(checkpoint, architecture) -> Source:
     return Source(model_class, fields, weights, tokenizer)
 
 
-def _linear_weight(name, kernel: Tensor) -> Tensor:
-    """`[out, in]` from TensorFlow's `[in, out]`, where attention may have `heads, head size` for one of the two."""
-    if kernel.dim() == 3:
-        kernel = kernel.flatten(1) if "/self/" in name else kernel.flatten(0, 1)
-    return kernel.T.contiguous()
+def _google_weight(name, weight: Tensor) -> Tensor:
+    """A weight as torch has it. Attention may have a dimension for the heads and one for what is in a head, and
+    kernels are `[in, out]` instead of `[out, in]`."""
+    if name.endswith("/bias"):
+        return weight.flatten()
+    if not name.endswith("/kernel"):
+        return weight
+    if weight.dim() == 3:
+        weight = weight.flatten(1) if "/self/" in name else weight.flatten(0, 1)
+    return weight.T.contiguous()
 
 
 def _google_fields(weights) -> dict:

@@ -1,0 +1,248 @@
+"""Question answering on documents of any length, as a pipeline of transformers."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pipelines.base import ChunkPipeline
+
+from .attention.pattern import check_whole_number
+
+TASK = "extractive-question-answering"
+DEFAULT_LENGTH = 384  # of transformers 4, for models and tokenizers that know no limit
+
+
+class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
+    """Finds the answers to questions in documents.
+
+    `pipeline("extractive-question-answering", model=...)` makes one. It has the arguments and results of the task
+    "question-answering", which transformers had up to version 4, and works with any model for extractive question
+    answering that has a fast tokenizer. What differs is good for long documents: chunks are as long as the model
+    allows (in transformers 4, 384 tokens), memory grows linearly with them, and questions that are too long are cut
+    as `max_question_len` says. Answers begin and end with no white space.
+    """
+
+    _load_tokenizer = True
+    _load_processor = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+
+    def __call__(self, *args, question=None, context=None, **parameters):
+        """Answers questions.
+
+        Args:
+            *args: in the place of `question` and `context`: a string for each of them; or examples, one or more or a
+                list or generator of them, which are dictionaries with the keys "question" and "context" or objects
+                like `SquadExample`.
+            question: a string or a list of them.
+            context: the document to search, or a list of them, one for each question.
+            top_k (`int`, defaults to 1): how many answers to return, at most.
+            handle_impossible_answer (`bool`, defaults to `False`): whether there may be no answer, which is returned
+                as an empty one.
+            max_answer_len (`int`, defaults to 15): the longest answer, in tokens.
+            max_question_len (`int`, defaults to 64): the longest question, in tokens.
+            max_seq_len (`int`, *optional*): the longest input of the model, in tokens. By default what tokenizer and
+                model allow. Longer documents are read in several chunks.
+            doc_stride (`int`, *optional*): how many tokens of a document two chunks have in common, 128 if they fit.
+            align_to_words (`bool`, defaults to `True`): whether answers begin and end with whole words.
+            padding (`str` or `bool`, defaults to `"do_not_pad"`): as in tokenizers.
+            batch_size, num_workers: as in all pipelines.
+
+        Returns:
+            A dictionary for each question: `score`, the sum of the probabilities of all places where the answer was
+            found; `start` and `end`, the characters of the document; `answer`, the text between them. With `top_k`
+            above 1 a list of them, the best first. For several questions a list of that.
+
+        Raises:
+            ValueError: for arguments that cannot be understood, and empty questions and documents.
+        """
+        examples = _examples(args, question, context)
+        if isinstance(examples, list) and len(examples) == 1:
+            examples = examples[0]
+        return super().__call__(examples, **parameters)
+
+    def _sanitize_parameters(
+        self,
+        padding=None,
+        top_k=None,
+        doc_stride=None,
+        max_answer_len=None,
+        max_seq_len=None,
+        max_question_len=None,
+        handle_impossible_answer=None,
+        align_to_words=None,
+    ):
+        numbers = {
+            "top_k": top_k,
+            "max_answer_len": max_answer_len,
+            "max_seq_len": max_seq_len,
+            "max_question_len": max_question_len,
+            "doc_stride": doc_stride,
+        }
+        for name, number in numbers.items():
+            if number is not None:
+                check_whole_number(name, number, 0 if name == "doc_stride" else 1)
+        preprocess = {
+            "padding": padding,
+            "doc_stride": doc_stride,
+            "max_seq_len": max_seq_len,
+            "max_question_len": max_question_len,
+        }
+        postprocess = {
+            "top_k": top_k,
+            "max_answer_len": max_answer_len,
+            "handle_impossible_answer": handle_impossible_answer,
+            "align_to_words": align_to_words,
+        }
+        return _given(preprocess), {}, _given(postprocess)
+
+    def preprocess(self, example, padding="do_not_pad", doc_stride=None, max_question_len=64, max_seq_len=None):
+        """Yields the inputs of the model for each chunk of a document."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not know which characters its tokens stand for. Take the fast "
+                "tokenizer of this model."
+            )
+        question, context = _question_and_context(example)
+        question = self._cut(question, max_question_len)
+        max_seq_len = self._longest_input() if max_seq_len is None else max_seq_len
+        room = (
+            max_seq_len - self.tokenizer.num_special_tokens_to_add(pair=True) - len(self.tokenizer.tokenize(question))
+        )
+        if doc_stride is None:
+            doc_stride = min(128, max_seq_len // 2, room - 1)
+        if not 0 <= doc_stride < room:
+            raise ValueError(
+                f"max_seq_len ({max_seq_len}) leaves room for {room} tokens of the document beside the question. That "
+                f"must be more than doc_stride ({doc_stride})."
+            )
+        encoded = self.tokenizer(
+            question,
+            context,
+            padding=padding,
+            truncation="only_second",
+            max_length=max_seq_len,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+        )
+        for index, encoding in enumerate(encoded.encodings):
+            inputs = {name: torch.tensor([encoded[name][index]]) for name in self.tokenizer.model_input_names}
+            is_last = index == len(encoded.encodings) - 1
+            yield {"is_last": is_last, "context": context, "encoding": encoding, **inputs}
+
+    def _longest_input(self) -> int:
+        positions = getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+        return min(self.tokenizer.model_max_length, positions)
+
+    def _cut(self, question, length):
+        offsets = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return question if len(offsets) <= length else question[: offsets[length - 1][1]]
+
+    def _forward(self, inputs):
+        output = self.model(**{name: inputs.pop(name) for name in self.tokenizer.model_input_names})
+        if "start_logits" not in output:
+            raise ValueError(
+                f"{type(self.model).__name__} is no model for question answering: it has no start_logits."
+            )
+        return {"start": output["start_logits"], "end": output["end_logits"], **inputs}
+
+    def postprocess(self, outputs, top_k=1, handle_impossible_answer=False, max_answer_len=15, align_to_words=True):
+        """The best answers in all chunks of a document."""
+        places, no_answer = {}, 1.0
+        num_spans = 2 * top_k + 10 if align_to_words else top_k  # several spans can be of the same words
+        for output in outputs:
+            encoding, context = output["encoding"], output["context"]
+            in_context = torch.tensor([sequence == 1 for sequence in encoding.sequence_ids])
+            first = encoding.attention_mask.index(1)  # this token, [CLS], says that there is no answer
+            start, end = (self._probabilities(output[name], in_context, first) for name in ("start", "end"))
+            no_answer = min(no_answer, (start[first] * end[first]).item())
+            for *tokens, score in best_spans(start, end, in_context, num_spans, max_answer_len):
+                place = _place(encoding, context, *tokens, align_to_words)
+                same_words = places.setdefault(context[slice(*place)].lower(), [0.0, *place])
+                same_words[0] += score
+        answers = [
+            {"score": score, "start": start, "end": end, "answer": context[start:end]}
+            for score, start, end in places.values()
+        ]
+        if handle_impossible_answer:
+            answers.append({"score": no_answer, "start": 0, "end": 0, "answer": ""})
+        answers = sorted(answers, key=lambda answer: -answer["score"])[:top_k]
+        return answers[0] if len(answers) == 1 else answers
+
+    def _probabilities(self, logits, in_context, first) -> Tensor:
+        """`float64`, `[tokens]`: of the tokens of a document and the first of the input; the others have none."""
+        padding = logits.shape[-1] - len(in_context)
+        logits = logits[0, padding:] if self.tokenizer.padding_side == "left" else logits[0, : len(in_context)]
+        possible = in_context.clone()
+        possible[first] = True
+        return logits.double().masked_fill(~possible, -torch.inf).softmax(-1)
+
+
+def _given(parameters: dict) -> dict:
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def best_spans(start: Tensor, end: Tensor, allowed: Tensor, top_k: int, max_answer_len: int):
+    """The most probable spans.
+
+    Args:
+        start, end: probability of each token to be the first and the last one of the answer, `[tokens]`.
+        allowed: `bool`, `[tokens]`: whether a token can be one or the other.
+        top_k: how many spans to return, at most.
+        max_answer_len: the longest span, in tokens.
+
+    Returns:
+        Triples of the first and the last token of a span and its probability, the best first.
+    """
+    end, allowed_end = (nn.functional.pad(values, (0, max_answer_len - 1)) for values in (end, allowed))
+    scores = start[:, None] * end.unfold(0, max_answer_len, 1)
+    possible = allowed[:, None] & allowed_end.unfold(0, max_answer_len, 1)
+    scores = scores.masked_fill(~possible, -1.0).flatten()
+    best = scores.topk(min(top_k, len(scores)))
+    return [
+        (index // max_answer_len, index // max_answer_len + index % max_answer_len, score)
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        if score >= 0
+    ]
+
+
+def _place(encoding, context: str, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
+    """Where in the document a span of tokens begins and ends, in characters."""
+    start, end = encoding.offsets[first][0], encoding.offsets[last][1]
+    if align_to_words and None not in (encoding.token_to_word(first), encoding.token_to_word(last)):
+        start = encoding.word_to_chars(encoding.token_to_word(first), 1)[0]
+        end = encoding.word_to_chars(encoding.token_to_word(last), 1)[1]
+    text = context[start:end]
+    return start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+
+
+def _examples(args, question, context):
+    """What a call is about: a list of examples, or whatever yields them."""
+    if question is None and context is None:
+        if len(args) == 2 and all(isinstance(argument, str) for argument in args):
+            return [{"question": args[0], "context": args[1]}]
+        if not args:
+            raise ValueError("Give question and context.")
+        if len(args) > 1:
+            return list(args)
+        return list(args[0]) if isinstance(args[0], (list, tuple)) else args[0]
+    if args or question is None or context is None:
+        raise ValueError("Give question and context, or examples that have both.")
+    if isinstance(question, str):
+        if not isinstance(context, str):
+            raise ValueError("One question needs one context, a string. Several questions can have one context each.")
+        return [{"question": question, "context": context}]
+    contexts = [context] * len(question) if isinstance(context, str) else context
+    if len(contexts) != len(question):
+        raise ValueError(f"There are {len(question)} questions, but {len(contexts)} contexts.")
+    return [{"question": one, "context": other} for one, other in zip(question, contexts, strict=True)]
+
+
+def _question_and_context(example) -> tuple[str, str]:
+    """The two texts of an example."""
+    if isinstance(example, dict):
+        texts = {name: example.get(name) for name in ("question", "context")}
+    else:
+        texts = {name: getattr(example, f"{name}_text", None) for name in ("question", "context")}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Each example needs a {name}, a string that is not empty, but one has {text!r}.")
+    return texts["question"], texts["context"]
