@@ -1,5 +1,6 @@
 """The command `bigbird-plus`. A command reads its arguments, calls the library and prints what comes back."""
 
+import json
 import sys
 import tempfile
 import textwrap
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
+from . import bench as benchmarks
 from .attention.pattern import Sparsity
 from .configuration_big_bird import BigBirdConfig
 from .demo import attention_in_use, document, mask_words, write_untrained_checkpoint
@@ -133,9 +135,51 @@ def plot_attention(
 
 
 @app.command()
+def bench(
+    lengths: Annotated[str, typer.Option(help="Tokens of the inputs.")] = "1024,4096,16384",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    train: Annotated[bool, typer.Option("--train", help="Measure training steps, not inference.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    layers: Annotated[int, typer.Option(help="Layers of each model.")] = 2,
+    batch: Annotated[int, typer.Option(help="Inputs in a batch.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Turns, whose median counts.")] = 5,
+    others: Annotated[bool, typer.Option("--others", help="Also Longformer, ModernBERT and BERT.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="A picture to write: time and memory against length.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A file to write: all figures.")] = None,
+) -> None:
+    """Compare time and memory with the built-in BigBird and with dense attention."""
+    numbers = tuple(_number(text, "--lengths") for text in lengths.split(","))
+    settings = benchmarks.Settings(numbers, dtype, train, device, layers, batch, repeats, others)
+    for file in filter(None, (plot, json_file)):
+        _check_folder(file)
+    if plot is not None:
+        benchmarks.import_figure()  # an error now, not after the measurements
+    report = benchmarks.benchmark(settings)
+    console = Console()
+    console.print(benchmarks.as_table(report))
+    for line in benchmarks.notes(report):
+        console.print(Text(line))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        benchmarks.plot(report, plot)
+
+
+@app.command()
 def env() -> None:
     """Show versions, devices and which attention runs."""
     Console().print(_as_table(describe_environment()))
+
+
+def _number(text: str, option: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{option} must be whole numbers with commas between them, not {text!r}.")
+    return int(text)
+
+
+def _check_folder(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder to write {file} to.")
 
 
 def _load(auto_class, name: str):

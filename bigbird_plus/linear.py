@@ -32,9 +32,9 @@ def linear(layer: nn.Module, states: Tensor, activation=None) -> Tensor:
         states = layer(states)
         return states if activation is None else activation(states)
     fused = activation is tanh_gelu and not torch.is_grad_enabled()
-    product = _product if not torch.is_grad_enabled() else _OneDnnLinear.apply
+    product = onednn_product if not torch.is_grad_enabled() else _OneDnnLinear.apply
     if fused:
-        return _product(states, layer.weight, layer.bias, "gelu", "tanh")
+        return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh")
     states = product(states, layer.weight, layer.bias)
     return states if activation is None else activation(states)
 
@@ -43,17 +43,17 @@ def prefers_onednn(states: Tensor) -> bool:
     """Whether products with these states are oneDNN's rather than torch's default."""
     if states.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch.is_autocast_enabled("cpu") or not _has_onednn():
+    if torch.is_autocast_enabled("cpu") or not has_onednn():
         return False
     return states.dtype is torch.float32 and _vendor_is_amd()
 
 
 @cache
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
     """Whether this torch has the operator, which is not part of its public interface."""
     try:
         one = torch.ones(1, 1)
-        return torch.backends.mkldnn.is_available() and _product(one, one, None).item() == 1
+        return torch.backends.mkldnn.is_available() and onednn_product(one, one, None).item() == 1
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -81,7 +81,8 @@ def _suits(weight: Tensor, states: Tensor) -> bool:
     return weight.dtype == states.dtype and weight.device == states.device and states.numel() > 0
 
 
-def _product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):
+def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):
+    """oneDNN's `activation(states weight^T + bias)`."""
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], algorithm)
 
 
@@ -92,7 +93,7 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(ctx, states, weight, bias):
         ctx.save_for_backward(states, weight)
         ctx.has_bias = bias is not None
-        return _product(states, weight, bias)
+        return onednn_product(states, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -101,7 +102,7 @@ class _OneDnnLinear(torch.autograd.Function):
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
-            _product(grad.contiguous(), weight.t().contiguous(), None) if needs_states else None,
+            onednn_product(grad.contiguous(), weight.t().contiguous(), None) if needs_states else None,
             rows.t() @ states.flatten(0, -2) if needs_weight else None,
             rows.sum(0) if ctx.has_bias and needs_bias else None,
         )

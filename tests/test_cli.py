@@ -133,6 +133,14 @@ def bert(tmp_path) -> Path:
         (["plot-attention", "{empty}/a.xyz"], "xyz"),
         (["plot-attention", "{empty}/no/folder/a.png"], "No such file or directory"),
         (["plot-attention", "--model", "{bert}"], "must be a BigBird"),
+        (["bench", "--lengths", "1024,many"], "--lengths must be whole numbers with commas between them, not 'many'"),
+        (["bench", "--lengths", "0"], "lengths must be different positive numbers, but are (0,)"),
+        (["bench", "--lengths", "1024,1024"], "lengths must be different positive numbers"),
+        (["bench", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, but is 'int8'"),
+        (["bench", "--device", "tpu"], "device must be 'cpu' or 'cuda', but is 'tpu'"),
+        (["bench", "--layers", "0"], "layers must be positive, but is 0"),
+        (["bench", "--repeats", "-1"], "repeats must be positive, but is -1"),
+        (["bench", "--json", "no/folder/out.json"], "There is no folder to write no/folder/out.json to"),
     ],
 )
 def test_wrong_input(capsys, checkpoint, tmp_path, monkeypatch, arguments, message):
@@ -143,6 +151,13 @@ def test_wrong_input(capsys, checkpoint, tmp_path, monkeypatch, arguments, messa
     assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
 
 
-def test_plot_attention_without_matplotlib(capsys, monkeypatch):
+@pytest.mark.parametrize("arguments", [["plot-attention", "--length", "1000"], ["bench", "--plot", "out.png"]])
+def test_without_matplotlib(capsys, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'bigbird-plus[plot]'" in refusal(capsys, "plot-attention", "--length", "1000")
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    assert "pip install 'bigbird-plus[plot]'" in refusal(capsys, *arguments)
+
+
+def test_bench_without_cuda(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no CUDA device" in refusal(capsys, "bench", "--device", "cuda")
