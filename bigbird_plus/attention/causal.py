@@ -21,7 +21,7 @@ class CausalInput(NamedTuple):
     from_start: whether the input has no past.
     offset: `int64`, `[batch]`: place of the first real token, from which blocks are counted; None for 0 throughout.
     key_mask: `bool`, `[batch, num_keys]`, False for padding; None where there is none behind the first real token.
-    rows: blocks in which the input's tokens may stand.
+    first_row, end_row: the input's tokens stand in blocks from the first up to the one before the end.
     """
 
     sparsity: Sparsity
@@ -30,7 +30,8 @@ class CausalInput(NamedTuple):
     from_start: bool
     offset: Tensor | None
     key_mask: Tensor | None
-    rows: range
+    first_row: int
+    end_row: int
 
     @property
     def num_blocks(self) -> int:
@@ -66,9 +67,8 @@ def make_causal_input(
         keys = queries
         key_mask = None if key_mask is None else key_mask[:, :keys]
     first = max(past - most_padding, 0) // block_size if is_known else 0
-    last = (past + queries if is_known else keys) - 1
-    rows = range(first, last // block_size + 1)
-    return CausalInput(sparsity, places, keys, from_start, offset, key_mask, rows)
+    end = -(-(past + queries if is_known else keys) // block_size)
+    return CausalInput(sparsity, places, keys, from_start, offset, key_mask, first, end)
 
 
 def attend_causally(
@@ -135,7 +135,7 @@ def _attend_from_start(query, key, value, pattern, causal, scaling):
         tensors = [_rotate(tensor, offset, dim=2) for tensor in tensors]
         key_mask = None if key_mask is None else _rotate(key_mask, offset, dim=1)
     missing = -causal.num_keys % causal.sparsity.block_size
-    if missing:
+    if masks.is_tracing() or missing:  # one graph shall serve all lengths
         tensors = [nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in tensors]
         key_mask = None if key_mask is None else nn.functional.pad(key_mask, (0, missing))
     context = sdpa.block_sparse_attention(*tensors, pattern, key_mask, scaling=scaling)[:, :, : causal.num_keys]
@@ -190,17 +190,17 @@ def _tokens_read(pattern: CausalPattern, causal: CausalInput, rows: Tensor, devi
     Returns:
         `int64`, `[batch or 1, n, heads or 1, tokens]`; some may lie behind all that there are.
     """
-    table = _block_table(pattern, causal.rows, device)
-    blocks = table[(rows - causal.rows.start).clamp(0, len(table) - 1)]
+    table = _block_table(pattern, causal.first_row, causal.end_row, device)
+    blocks = table[(rows - causal.first_row).clamp(0, table.shape[0] - 1)]
     block_size = causal.sparsity.block_size
     return (blocks[..., None] * block_size + torch.arange(block_size, device=device)).flatten(-2)
 
 
-def _block_table(pattern: CausalPattern, rows: range, device) -> Tensor:
-    """The blocks that each of `rows` reads, `int64`, `[rows, heads or 1, blocks]`. Rows that read everything up to
-    themselves list more than that: causality hides the rest."""
-    num_full = min(max(pattern.num_full - rows.start, 0), len(rows))
-    lists = pattern.lists(rows.start + num_full, rows.stop).to(device)
+def _block_table(pattern: CausalPattern, first: int, end: int, device) -> Tensor:
+    """The blocks that each row from `first` to the one before `end` reads, `int64`, `[rows, heads or 1, blocks]`. Rows
+    that read everything up to themselves list more than that: causality hides the rest."""
+    num_full = min(max(pattern.num_full - first, 0), end - first)
+    lists = pattern.lists(first + num_full, end).to(device)
     if not num_full:
         return lists
     full = torch.arange(pattern.num_full, device=device).expand(num_full, lists.shape[1], -1)
