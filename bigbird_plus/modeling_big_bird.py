@@ -289,11 +289,8 @@ class BigBirdEncoder(nn.Module):
         """All layers on `[batch, padded length, hidden_size]`, or on a packed batch; what comes out is `[batch,
         length, hidden_size]`."""
         restore = mask.unpack if isinstance(mask, PackedInput) else partial(_cut, length=length, dim=1)
-        all_hidden_states, attentions, cross_attentions = (
-            (restore(hidden_states),) if output_hidden_states else (),
-            (),
-            (),
-        )
+        attentions, cross_attentions = (), ()
+        all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
             hidden_states, attention, cross_attention = layer(
                 hidden_states, mask, head_mask, *others, output_attentions, past_key_values=past_key_values

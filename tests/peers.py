@@ -48,14 +48,18 @@ def scale_weights(model, seed=0):
     return model
 
 
+def make_model(name="BigBirdModel", seed=0, **overrides):
+    """Our model of a class, small, in eval mode, with weights that `seed` determines."""
+    model = getattr(bigbird_plus, name)(bigbird_plus.BigBirdConfig(**tiny_settings(**overrides)))
+    return scale_weights(model, seed).eval()
+
+
 def make_pair(name="BigBirdModel", seed=0, **overrides):
-    """Our model of a class and transformers' own, in eval mode, with the same weights."""
-    settings = tiny_settings(**overrides)
-    ours = getattr(bigbird_plus, name)(bigbird_plus.BigBirdConfig(**settings))
-    theirs = getattr(transformers, name)(transformers.BigBirdConfig(**settings))
-    scale_weights(ours, seed)
+    """The same and transformers' own, with the same weights."""
+    ours = make_model(name, seed, **overrides)
+    theirs = getattr(transformers, name)(transformers.BigBirdConfig(**tiny_settings(**overrides))).eval()
     theirs.load_state_dict(ours.state_dict())
-    return ours.eval(), theirs.eval()
+    return ours, theirs
 
 
 def random_ids(*shape, seed=0, low=3, high=120):

@@ -82,15 +82,16 @@ def full_attention_mask(
     if _passes_masks_unexpanded(implementation):
         return _unexpanded(attention_mask, keys)
     if attention_mask is None:
-        from_start = isinstance(past, int) and past == 0 and keys == queries and implementation != "eager"
+        from_start = isinstance(past, int) and past == 0 and keys == queries and _is_causal_itself(implementation)
         last_only = isinstance(past, int) and queries == 1 and keys == past + 1
         if not is_causal or from_start or last_only:
             return None
-        return additive_mask(causal_mask(query_positions, keys), dtype)[None, None]
-    expanded = expand_mask(attention_mask, batch, heads, queries, keys, may_end_elsewhere=is_causal)
-    if is_causal and attention_mask.dim() < 4:
-        expanded = expanded & causal_mask(query_positions, keys)
-    return _to_be_added(expanded, dtype)
+        expanded = causal_mask(query_positions, keys)[None, None]
+    else:
+        expanded = expand_mask(attention_mask, batch, heads, queries, keys, may_end_elsewhere=is_causal)
+        if is_causal and attention_mask.dim() < 4:
+            expanded = expanded & causal_mask(query_positions, keys)
+    return _to_be_added(expanded, dtype, implementation, (batch, 1, queries, keys))
 
 
 def cross_attention_mask(
@@ -114,14 +115,28 @@ def cross_attention_mask(
     if _passes_masks_unexpanded(implementation):
         return _unexpanded(attention_mask, keys)
     expanded = expand_mask(attention_mask, batch, heads, queries, keys, name)
-    return _to_be_added(expanded, dtype)
+    return _to_be_added(expanded, dtype, implementation, (batch, 1, queries, keys))
 
 
-def _to_be_added(expanded, dtype):
-    """Numbers stay as they are, but finite."""
+def _to_be_added(expanded, dtype, implementation, shape):
+    """Numbers stay as they are, but finite. Only eager and sdpa attention take what is broadcastable to `shape`."""
     if expanded.is_floating_point():
-        return expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
-    return additive_mask(expanded, dtype)
+        added = expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
+    else:
+        added = additive_mask(expanded, dtype)
+    if implementation in ("eager", "sdpa"):
+        return added
+    if added.shape[1] != 1:
+        raise ValueError(
+            f"A mask for each head needs attn_implementation='sdpa' or 'eager', but it is {implementation!r}: give "
+            f"one of [batch, 1, queries, keys], not {list(added.shape)}."
+        )
+    return added.expand(shape)
+
+
+def _is_causal_itself(implementation: str) -> bool:
+    """Whether the attention function hides later keys if it gets no mask: it looks at the module's `is_causal`."""
+    return implementation == "sdpa" or _passes_masks_unexpanded(implementation)
 
 
 def decoder_key_mask(

@@ -62,8 +62,9 @@ def test_causality_and_padding_together():
     assert readable[1] == torch.ones(4, 4).tril().tolist()
 
 
-def test_eager_attention_is_told_of_causality():
-    added = full_mask(None, causal=True, implementation="eager")
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention", "my_attention"])
+def test_other_attention_than_sdpa_is_told_of_causality(implementation):
+    added = full_mask(None, causal=True, implementation=implementation)
     assert (added == 0)[0, 0].int().tolist() == torch.ones(4, 4).tril().tolist()
 
 
@@ -116,6 +117,16 @@ def test_flash_attention_gets_two_dimensions():
     assert full_mask(mask, implementation="flash_attention_2").tolist() == (mask != 0).tolist()
     with pytest.raises(ValueError, match="flash attention"):
         full_mask(torch.ones(2, 1, 4, 4), implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "my_attention"])
+def test_other_attention_than_sdpa_gets_all_pairs(implementation):
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert full_mask(mask, batch=1, implementation=implementation).shape == (1, 1, 4, 4)
+    assert full_mask(mask[:, None, None].bool(), implementation=implementation).shape == (2, 1, 4, 4)
+    assert full_mask(None, causal=True, implementation=implementation).shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match=rf"for each head.*sdpa.*{implementation}"):
+        full_mask(torch.ones(2, 3, 4, 4).bool(), implementation=implementation)
 
 
 def test_mask_of_an_encoder():

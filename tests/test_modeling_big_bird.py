@@ -1,0 +1,517 @@
+"""The backbone: it keeps no state, needs linear memory, names what is wrong, and survives low precision."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigbird_plus import BigBirdConfig, BigBirdModel
+
+from .peers import make_model, random_ids, random_inputs, scale_weights, tiny_settings
+
+SPARSE, FULL = 131, 40  # lengths at which a block-sparse model reads sparsely, and in full
+HALF = [torch.bfloat16, torch.float16]
+
+
+def padded_inputs(length, batch=3):
+    return random_inputs("BigBirdModel", batch, length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_same_input_gives_the_same_output_whatever_came_between(implementation):
+    model = make_model(attn_implementation=implementation)
+    calls = [padded_inputs(length) for length in (SPARSE, FULL, 200, 256)]
+    with torch.no_grad():
+        first = [model(**inputs).last_hidden_state for inputs in calls]
+        model(**calls[1])
+        model(**calls[0], output_attentions=True, output_hidden_states=True)
+        model(**calls[2], head_mask=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+        model.train()(**calls[3])
+        model.set_attention_type("original_full")
+        model(**calls[0])
+        model.set_attention_type("block_sparse")
+        copy.deepcopy(model)
+        again = [model.eval()(**inputs).last_hidden_state for inputs in calls]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_training_draws_the_same_random_blocks_in_every_call():
+    model = make_model().train()
+    with torch.no_grad():
+        outputs = [model(random_ids(1, SPARSE)).last_hidden_state for _ in range(3)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_global_generators_are_untouched(training):
+    model = make_model(eval_random_blocks=True, block_size=7).train(
+        training
+    )  # a pattern that no other test has cached
+    numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    model(random_ids(2, SPARSE)).last_hidden_state.sum().backward()
+    assert torch.equal(torch_state, torch.get_rng_state())
+    for before, after in zip(numpy_state, np.random.get_state(), strict=True):  # noqa: NPY002
+        np.testing.assert_array_equal(before, after)
+
+
+def test_threads_give_the_serial_answers():
+    model = make_model(eval_random_blocks=True)
+    calls = [padded_inputs(length) for length in [FULL, SPARSE, 150, 256, 89, 88, 200, 3] * 4]
+
+    def answer(inputs):
+        with torch.no_grad():
+            return model(**inputs, output_attentions=True)
+
+    serial = [answer(inputs) for inputs in calls]
+    with ThreadPoolExecutor(32) as pool:
+        threaded = list(pool.map(answer, calls))
+    for one, other in zip(serial, threaded, strict=True):
+        assert torch.equal(one.last_hidden_state, other.last_hidden_state)
+        assert torch.equal(one.attentions[1], other.attentions[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is returned
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+@pytest.mark.parametrize("length", [FULL, 96, SPARSE])
+@pytest.mark.parametrize("training", [False, True])
+def test_hidden_states_and_attentions(implementation, attention_type, length, training):
+    model = make_model(attention_type=attention_type, attn_implementation=implementation).train(training)
+    inputs = padded_inputs(length)
+    with torch.no_grad():
+        plain = model(**inputs)
+        asked = model(**inputs, output_attentions=True, output_hidden_states=True)
+    assert torch.equal(plain.last_hidden_state, asked.last_hidden_state)
+    assert torch.equal(plain.pooler_output, asked.pooler_output)
+    assert plain.attentions is None
+    assert plain.hidden_states is None
+    assert [states.shape for states in asked.hidden_states] == [(3, length, 32)] * 3
+    assert torch.equal(asked.hidden_states[-1], asked.last_hidden_state)
+    real = inputs["attention_mask"].bool()
+    for attentions in asked.attentions:
+        assert attentions.shape == (3, 4, length, length)
+        sums = attentions.sum(-1).transpose(1, 2)
+        torch.testing.assert_close(sums[real], torch.ones_like(sums[real]))
+        assert (attentions.transpose(1, 3)[~real] == 0).all()  # padding is not read
+        if attention_type == "block_sparse" and length > 88:
+            assert (sums[~real] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attentions_are_those_that_were_used(implementation):
+    model = make_model(attn_implementation=implementation)
+    values = {}
+    attention = model.encoder.layer[0].attention.self
+    attention.value.register_forward_hook(lambda module, inputs, output: values.update(v=output))
+    attention.register_forward_hook(lambda module, inputs, output: values.update(context=output[0]))
+    with torch.no_grad():
+        probabilities = model(random_ids(2, 128), output_attentions=True).attentions[0]
+    value = values["v"].view(2, 128, 4, 8).transpose(1, 2)
+    context = (probabilities @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(context, values["context"], atol=1e-5, rtol=1e-5)
+
+
+def test_attentions_in_sparse_attention_have_the_patterns_zeros():
+    model = make_model()
+    with torch.no_grad():
+        attentions = model(random_ids(1, 128), output_attentions=True).attentions[0]
+    reads = attentions[0, 0].unflatten(0, (16, 8)).unflatten(2, (16, 8)).sum((1, 3)) > 0
+    assert reads[5].nonzero().flatten().tolist() == [0, 4, 5, 6, 15]
+    assert reads[0].all()
+    assert reads[15].all()
+
+
+def test_both_implementations_agree():
+    inputs = padded_inputs(SPARSE)
+    for training in (False, True):
+        for attention_type in ("block_sparse", "original_full"):
+            outputs = []
+            for name in ("sdpa", "eager"):
+                model = make_model(attn_implementation=name, attention_type=attention_type).train(training)
+                outputs.append(model(**inputs).last_hidden_state[inputs["attention_mask"].bool()])
+            torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
+
+
+def test_without_pooling_layer():
+    model = BigBirdModel(BigBirdConfig(**tiny_settings()), add_pooling_layer=False)
+    output = model(random_ids(1, FULL))
+    assert output.pooler_output is None
+    assert list(output) == ["last_hidden_state"]
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that any operation returns, backward included."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def largest_tensor(length, *, training, **arguments):
+    model = make_model(
+        hidden_size=16, num_attention_heads=2, intermediate_size=32, num_random_blocks=1, max_position_embeddings=4096
+    ).train(training)
+    inputs = {"input_ids": random_ids(1, length), "attention_mask": (torch.arange(length) < length - 9)[None]}
+    with torch.set_grad_enabled(training), LargestTensor() as largest:
+        output = model(**inputs, **arguments).last_hidden_state
+        if training:
+            output.square().sum().backward()
+    return largest.numel
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_is_linear_in_the_length(training):
+    numels = [largest_tensor(length, training=training) for length in (1000, 2000, 4000)]
+    assert numels[1] <= 2.1 * numels[0]
+    assert numels[2] <= 2.1 * numels[1]
+    assert numels[2] < 4000 * 4000 / 8
+
+
+def test_memory_is_quadratic_only_where_attentions_are_asked_for():
+    """Guards the test above: it does see such tensors."""
+    assert largest_tensor(1000, training=False, output_attentions=True) >= 2 * 1000 * 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_too_long():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"257.*max_position_embeddings.*256.*truncation=True"):
+        model(random_ids(1, 257))
+    assert model(random_ids(1, 256)).last_hidden_state.shape == (1, 256, 32)
+
+
+def test_as_long_as_there_are_positions_but_no_multiple_of_the_block():
+    model = make_model(max_position_embeddings=250)
+    assert model(random_ids(1, 250)).last_hidden_state.shape == (1, 250, 32)
+
+
+@pytest.mark.parametrize("length", [FULL, SPARSE])
+def test_both_or_neither_of_ids_and_embeddings(length):
+    model = make_model()
+    for arguments in ({}, {"input_ids": random_ids(1, length), "inputs_embeds": torch.zeros(1, length, 32)}):
+        with pytest.raises(ValueError, match=r"input_ids.*inputs_embeds"):
+            model(**arguments)
+
+
+@pytest.mark.parametrize("length", [FULL, SPARSE])
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+def test_mask_of_a_wrong_shape(attention_type, length):
+    model = make_model(attention_type=attention_type)
+    for shape in [(2, length - 1), (2, length + 1), (1, length), (3, length), (length,)]:
+        with pytest.raises(ValueError, match="attention_mask") as error:
+            model(random_ids(2, length), attention_mask=torch.zeros(shape, dtype=torch.long))
+        assert str(list(shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(2, SPARSE, SPARSE), (2, 1, SPARSE, SPARSE)])
+def test_masks_of_pairs_need_full_attention(shape):
+    with pytest.raises(ValueError, match=r"attention_mask.*original_full"):
+        make_model()(random_ids(2, SPARSE), attention_mask=torch.ones(shape))
+    output = make_model(attention_type="original_full")(random_ids(2, SPARSE), attention_mask=torch.ones(shape).bool())
+    assert output.last_hidden_state.isfinite().all()
+
+
+def test_masks_of_pairs_for_another_number_of_heads():
+    model = make_model(attention_type="original_full")
+    with pytest.raises(ValueError, match=r"attention_mask.*heads 4"):
+        model(random_ids(2, FULL), attention_mask=torch.ones(2, 3, FULL, FULL).bool())
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 4), (3, 4), (1, 2, 4), ()])
+def test_head_mask_of_a_wrong_shape(shape):
+    with pytest.raises(ValueError, match=r"head_mask.*\[4\].*\[2, 4\]"):
+        make_model()(random_ids(1, FULL), head_mask=torch.ones(shape))
+
+
+def test_heads_that_do_not_divide_the_hidden_size():
+    with pytest.raises(ValueError, match=r"hidden_size.*num_attention_heads"):
+        BigBirdModel(BigBirdConfig(**tiny_settings(hidden_size=30)))
+
+
+def test_attention_types():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"attention_type.*'sparse'"):
+        model.set_attention_type("sparse")
+    with pytest.raises(ValueError, match="sparse"):
+        model.set_attn_implementation("sparse")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Switches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_set_attention_type():
+    sparse, full = make_model(), make_model(attention_type="original_full")
+    head = make_model("BigBirdForMaskedLM")
+    ids = random_ids(1, SPARSE)
+    with torch.no_grad():
+        was, wanted = sparse(ids).last_hidden_state, full(ids).last_hidden_state
+        sparse.set_attention_type("original_full")
+        assert torch.equal(sparse(ids).last_hidden_state, wanted)
+        sparse.set_attention_type("block_sparse")
+        assert torch.equal(sparse(ids).last_hidden_state, was)
+        before = head(ids).logits
+        head.bert.set_attention_type("original_full")
+        assert (head(ids).logits - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["BigBirdModel", "BigBirdForSequenceClassification"])
+def test_set_attn_implementation(name):
+    model = make_model(name)
+    assert model.config._attn_implementation == "sdpa"
+    ids = random_ids(1, SPARSE)
+    with torch.no_grad():
+        outputs = {}
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            assert model.base_model.encoder.layer[0].attention.self.config._attn_implementation == implementation
+            outputs[implementation] = model(ids)[0]
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], atol=2e-5, rtol=1e-5)
+    assert not torch.equal(outputs["sdpa"], outputs["eager"])
+
+
+@pytest.mark.parametrize("how", ["constructor", "loading"])
+def test_implementation_at_construction(tmp_path, how):
+    if how == "constructor":
+        model = BigBirdModel(BigBirdConfig(**tiny_settings(attn_implementation="eager")))
+    else:
+        make_model().save_pretrained(tmp_path)
+        model = BigBirdModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_flex_attention_in_full_attention(padded, is_decoder):
+    """Not compiled here, which takes long and is torch's matter."""
+    settings = {"is_decoder": is_decoder, "attention_type": "original_full"}
+    inputs = random_inputs("BigBirdModel", 2, FULL, padded=padded)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    outputs = []
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for name in ("flex_attention", "sdpa"):
+            model = make_model(attn_implementation=name, **settings)
+            outputs.append(model(**inputs, use_cache=False).last_hidden_state[real])
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Low precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [FULL, SPARSE])
+@pytest.mark.parametrize("training", [False, True])
+def test_masked_rows_stay_finite(dtype, implementation, length, training):
+    model = make_model(attn_implementation=implementation).to(dtype).train(training)
+    inputs = padded_inputs(length)
+    inputs["attention_mask"][1] = 0
+    output = model(**inputs)
+    assert output.last_hidden_state.dtype is dtype
+    assert output.last_hidden_state.isfinite().all()
+    output.last_hidden_state.float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("length", [FULL, SPARSE])
+def test_half_precision_is_close_to_single(dtype, length):
+    inputs = padded_inputs(length)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        single, half = (make_model().to(kind)(**inputs).last_hidden_state[real] for kind in (torch.float32, dtype))
+    assert (half.float() - single).abs().max() < 20 * torch.finfo(dtype).eps * single.abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [FULL, SPARSE])
+def test_autocast(implementation, length):
+    inputs = padded_inputs(length)
+    real = inputs["attention_mask"].bool()
+    results = []
+    for enabled in (False, True):
+        model = make_model(attn_implementation=implementation).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = model(**inputs).last_hidden_state[real]
+            loss = output.float().square().mean() + output.float().mean()
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((output.float(), gradients))
+    (output, gradients), (low_output, low_gradients) = results
+    assert (low_output - output).abs().max() < 0.25
+    assert set(low_gradients) == set(gradients)
+    for name in ("encoder.layer.0.attention.self.query.weight", "encoder.layer.1.attention.self.value.weight"):
+        assert low_gradients[name].dtype is torch.float32
+        similarity = torch.cosine_similarity(low_gradients[name].flatten(), gradients[name].flatten(), dim=0)
+        assert similarity > 0.99, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pruning and checkpointing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prune(model, heads):
+    """Version 5 of transformers has no public name for it any more."""
+    getattr(model, "prune_heads", model._prune_heads)(heads)
+
+
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+@pytest.mark.parametrize("training", [False, True])
+def test_pruned_heads_are_heads_masked_for_ever(attention_type, training):
+    """The heads that are left keep their random blocks."""
+    whole = make_model(attention_type=attention_type).train(training)
+    pruned = make_model(attention_type=attention_type).train(training)
+    head_mask = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    prune(pruned, {0: [1], 1: [0]})
+    prune(pruned, {1: [0, 2]})
+    assert pruned.encoder.layer[0].attention.self.query.out_features == 24
+    assert pruned.encoder.layer[1].attention.self.query.out_features == 16
+    inputs = padded_inputs(SPARSE)
+    with torch.no_grad():
+        expected = whole(**inputs, head_mask=head_mask).last_hidden_state
+        torch.testing.assert_close(pruned(**inputs).last_hidden_state, expected, atol=2e-5, rtol=1e-5)
+        attentions = pruned(**inputs, output_attentions=True).attentions
+    assert [layer.shape[1] for layer in attentions] == [3, 2]
+
+
+def test_pruning_in_the_configuration_survives_saving(tmp_path):
+    model = make_model()
+    prune(model, {0: [1]})
+    if not hasattr(model, "prune_heads"):  # version 5 knows no such thing
+        assert not hasattr(model.config, "pruned_heads")
+        return
+    model.save_pretrained(tmp_path)
+    again = BigBirdModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        states = [m(random_ids(1, SPARSE)).last_hidden_state for m in (model, again)]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("length", [FULL, SPARSE])
+def test_gradient_checkpointing_gives_equal_gradients(use_reentrant, length):
+    inputs = padded_inputs(length)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(**inputs).pooler_output.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard", [None, "20KB"])
+def test_save_and_load(tmp_path, shard):
+    model = make_model()
+    model.save_pretrained(tmp_path, **({} if shard is None else {"max_shard_size": shard}))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert any(name.endswith(".safetensors") for name in names)
+    assert ("model.safetensors.index.json" in names) == (shard is not None)
+    again, info = BigBirdModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = random_ids(1, SPARSE)
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_load_in_a_dtype(tmp_path, dtype):
+    make_model().save_pretrained(tmp_path)
+    model = BigBirdModel.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(random_ids(1, SPARSE)).last_hidden_state.dtype is dtype
+
+
+def test_device_map(tmp_path):
+    model = make_model("BigBirdForMaskedLM")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, device_map="auto")
+    ids = random_ids(1, SPARSE)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_offload_to_disk(tmp_path):
+    model = make_model("BigBirdForMaskedLM")
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "disk", "cls": "cpu"}
+    again = type(model).from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    ids = random_ids(1, SPARSE)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_buffers_of_old_files_are_ignored(tmp_path):
+    model = make_model()
+    extra = {"embeddings.position_ids": torch.arange(256)[None], "embeddings.token_type_ids": torch.zeros(1, 256)}
+    torch.save({**model.state_dict(), **extra}, tmp_path / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    again, info = BigBirdModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    ids = random_ids(1, FULL)
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = BigBirdModel(BigBirdConfig(**tiny_settings(hidden_size=128, initializer_range=0.1, pad_token_id=3)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert abs(parameter.std().item() - 0.1) < 0.01, name
+    assert (model.embeddings.word_embeddings.weight[3] == 0).all()
+
+
+def test_weights_that_a_file_lacks_are_initialised(tmp_path):
+    scale_weights(BigBirdModel(BigBirdConfig(**tiny_settings()), add_pooling_layer=False)).save_pretrained(tmp_path)
+    model, info = BigBirdModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert sorted(info["missing_keys"]) == ["pooler.bias", "pooler.weight"]
+    assert (model.pooler.bias == 0).all()
+    assert 0.01 < model.pooler.weight.std() < 0.03
+    assert torch.equal(model.embeddings.word_embeddings.weight, make_model().embeddings.word_embeddings.weight)
