@@ -1,0 +1,94 @@
+"""Two processes do what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+from tests.peers import TASK_MODELS
+from tests.training import distributed
+from tests.training.common import tiny_model
+from tests.training.test_peft import assert_close, outputs
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_two_processes(program, folder):
+    """What a program of `distributed` found in two real processes that talk through gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command += ["-m", distributed.__name__, program, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt")
+
+
+def assert_same_training(found, expected):
+    assert len(found["losses"]) == distributed.STEPS
+    assert found["losses"] == pytest.approx(expected["losses"], abs=2e-3)
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][key.removeprefix("module.")], weight, atol=2e-3, rtol=0)
+
+
+def test_data_parallel_training_of_every_head_is_that_of_one_process(tmp_path):
+    found = run_two_processes("ddp", tmp_path)
+    expected = distributed.train_every_head(tmp_path / "one")
+    assert found.keys() == set(TASK_MODELS)
+    for name in TASK_MODELS:
+        assert found[name]["processes"] == 2
+        assert_same_training(found[name], expected[name])
+
+
+def test_sharded_training_is_that_of_one_process(tmp_path):
+    found = run_two_processes("fsdp", tmp_path)
+    assert found["processes"] == 2
+    assert found["units"].count("FSDPBigBirdLayer") == 2  # both layers, and the model around them
+    assert len(found["units"]) == 3
+    assert found["sharded"]
+    model = tiny_model(distributed.SHARDED)
+    losses = distributed.train_by_hand(model)
+    assert_same_training(found, {"losses": losses, "weights": model.state_dict()})
+
+
+class TestDeviceMap:
+    @pytest.mark.parametrize("name", TASK_MODELS)
+    def test_auto(self, name, tmp_path):
+        model = tiny_model(name)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, device_map="auto").cpu()
+        assert not any(parameter.is_meta for parameter in loaded.parameters())
+        assert_close(outputs(loaded, name), outputs(model, name), tolerance=1e-6)
+
+    def test_layers_stay_whole_when_memory_is_short(self, tmp_path):
+        name = "BigBirdForSequenceClassification"
+        model = tiny_model(name, num_hidden_layers=4)
+        model.save_pretrained(tmp_path / "model")
+        layer = sum(parameter.nbytes for parameter in model.bert.encoder.layer[0].parameters())
+        embeddings = sum(parameter.nbytes for parameter in model.bert.embeddings.parameters())
+        memory = {"cpu": embeddings + int(2.5 * layer), "disk": "1GB"}
+        device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+        assert {"cpu", "disk"} == set(device_map.values())
+        assert not any(key.count(".") > 3 for key in device_map)
+        loaded = type(model).from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        assert_close(outputs(loaded, name), outputs(model, name), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configurations_say_what_they_are(stage):
+    path = EXAMPLES / f"deepspeed_zero{stage}.json"
+    config = HfDeepSpeedConfig(json.loads(path.read_text()))
+    assert config.is_zero2() == (stage == 2)
+    assert config.is_zero3() == (stage == 3)
+    assert config.get_value("train_micro_batch_size_per_gpu") == "auto"

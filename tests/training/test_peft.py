@@ -1,0 +1,193 @@
+"""Adapters of PEFT on every head: only they learn, and what they learned survives saving, loading and merging."""
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from peft.utils import constants
+
+import bigbird_plus
+from tests.peers import TASK_MODELS, random_inputs
+from tests.training.common import LENGTH, labelled_rows, make_trainer, tiny_model
+
+
+def outputs(model, name, length=LENGTH):
+    """All floating point outputs of a model for the same two inputs."""
+    inputs = random_inputs(name, 2, length, padded=False, labels=False)
+    with torch.no_grad():
+        values = model.eval()(**inputs).to_tuple()
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def trained(model, name, folder, **settings):
+    """`model` after a few steps."""
+    settings = {"max_steps": 3, "learning_rate": 1e-2, **settings}
+    rows = labelled_rows(name)
+    trainer = make_trainer(model, rows, folder, eval_dataset=rows, **settings)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    return model
+
+
+def assert_close(values, others, tolerance=1e-5):
+    assert len(values) == len(others) > 0
+    for value, other in zip(values, others, strict=True):
+        torch.testing.assert_close(value, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_lora_trains_adapters_alone_and_survives_saving_and_merging(name, tmp_path):
+    model = get_peft_model(tiny_model(name), LoraConfig(r=4, init_lora_weights="gaussian"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    untrained = outputs(model, name)
+    trained(model, name, tmp_path)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all("query.lora_" in key or "value.lora_" in key for key in changed)
+
+    expected = outputs(model, name)
+    assert max((a - b).abs().max() for a, b in zip(expected, untrained, strict=True)) > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model(name), tmp_path / "adapter")
+    assert_close(outputs(loaded, name), expected)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is getattr(bigbird_plus, name)
+    assert_close(outputs(merged, name), expected)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_close(outputs(type(merged).from_pretrained(tmp_path / "merged"), name), expected)
+
+
+METHODS = {
+    "dora": LoraConfig(task_type=TaskType.TOKEN_CLS, r=4, use_dora=True),
+    "adalora": AdaLoraConfig(task_type=TaskType.TOKEN_CLS, init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1),
+    "ia3": IA3Config(task_type=TaskType.TOKEN_CLS),
+    "rank-stabilised lora on all linear layers": LoraConfig(
+        task_type=TaskType.TOKEN_CLS, r=2, use_rslora=True, target_modules="all-linear"
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_adapters_find_their_layers_too(method, tmp_path):
+    name = "BigBirdForTokenClassification"
+    model = get_peft_model(tiny_model(name), METHODS[method])
+    base = {key: value.clone() for key, value in model.state_dict().items() if "base_layer" in key}
+    assert base
+    trained(model, name, tmp_path)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+    expected = outputs(model, name)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model(name), tmp_path / "adapter")
+    assert_close(outputs(loaded, name), expected)
+    assert_close(outputs(loaded.merge_and_unload(), name), expected)
+
+
+PROMPTED = {
+    "BigBirdForSequenceClassification": TaskType.SEQ_CLS,
+    "BigBirdForQuestionAnswering": TaskType.QUESTION_ANS,
+}
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("method", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompt_and_prefix_tuning_learn_virtual_tokens(method, name, tmp_path):
+    model = get_peft_model(tiny_model(name), method(task_type=PROMPTED[name], num_virtual_tokens=4))
+    learning = [key for key, value in model.named_parameters() if value.requires_grad]
+    assert any("prompt_encoder" in key for key in learning)
+    assert not any(".encoder.layer" in key for key in learning)
+    prompt = model.prompt_encoder["default"].embedding.weight
+    before = prompt.detach().clone()
+    inputs = {
+        **random_inputs(name, 2, LENGTH, padded=False),
+        "attention_mask": torch.ones(2, LENGTH, dtype=torch.long),
+    }
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    model.train()
+    losses = []
+    for _ in range(4):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not torch.equal(prompt, before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(name), tmp_path)
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert_close([loaded.eval()(**inputs)[0]], [model.eval()(**inputs)[0]])
+
+
+def test_prompt_and_prefix_tuning_of_token_classification(tmp_path):
+    """PEFT leaves labels to the caller here: with a prompt, the model has logits for the virtual tokens, too."""
+    name, ones = "BigBirdForTokenClassification", torch.ones(2, LENGTH, dtype=torch.long)
+    inputs = {**random_inputs(name, 2, LENGTH, padded=False), "attention_mask": ones}
+    prefixed = get_peft_model(tiny_model(name), PrefixTuningConfig(task_type=TaskType.TOKEN_CLS, num_virtual_tokens=4))
+    assert prefixed(**inputs).logits.shape == (2, LENGTH, 2)
+    prompted = get_peft_model(tiny_model(name), PromptTuningConfig(task_type=TaskType.TOKEN_CLS, num_virtual_tokens=4))
+    inputs["labels"] = torch.nn.functional.pad(inputs["labels"], (4, 0), value=-100)
+    output = prompted(**inputs)
+    assert output.logits.shape == (2, LENGTH + 4, 2)
+    output.loss.backward()
+    assert prompted.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+def test_several_adapters_share_a_model(tmp_path):
+    name = "BigBirdForTokenClassification"
+    model = get_peft_model(tiny_model(name), LoraConfig(r=2, init_lora_weights=False), adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=4, init_lora_weights=False))
+    first = outputs(model, name)
+    model.set_adapter("second")
+    second = outputs(model, name)
+    assert (first[0] - second[0]).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert_close(outputs(model, name), outputs(tiny_model(name), name))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(name), tmp_path / "first", adapter_name="first")
+    loaded.load_adapter(tmp_path / "second", adapter_name="second")
+    assert_close(outputs(loaded, name), first)
+    loaded.set_adapter("second")
+    assert_close(outputs(loaded, name), second)
+
+
+def test_adapters_of_transformers_own_interface(tmp_path):
+    name = "BigBirdForMaskedLM"
+    model = tiny_model(name)
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False))
+    expected = outputs(model, name)
+    model.save_pretrained(tmp_path / "adapter")
+    other = tiny_model(name)
+    other.load_adapter(str(tmp_path / "adapter"))
+    assert_close(outputs(other, name), expected)
+
+
+def test_registration_is_undone():
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert table["big_bird"] == ["query", "value"]
+    bigbird_plus.unregister()
+    try:
+        assert "big_bird" not in table
+    finally:
+        bigbird_plus.register()
+    assert table["big_bird"] == ["query", "value"]
+
+
+def test_lora_learns_on_a_base_quantized_to_int8(tmp_path):
+    """torch's own weight-only form: int8 weights with a scale a row, as `bitsandbytes` and `torchao` keep them."""
+    name = "BigBirdForSequenceClassification"
+    torchao = pytest.importorskip("torchao", reason="needs torchao")
+    model = tiny_model(name)
+    torchao.quantization.quantize_(model.bert.encoder, torchao.quantization.Int8WeightOnlyConfig())
+    exact = outputs(tiny_model(name), name)
+    assert_close(outputs(model, name), exact, tolerance=0.1)
+    trained(get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4)), name, tmp_path)

@@ -1,0 +1,193 @@
+"""Every head trains with `Trainer` as it is."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    TrainingArguments,
+)
+
+import bigbird_plus
+from tests.peers import TASK_MODELS
+from tests.training import resumable
+from tests.training.common import labelled_rows, make_trainer, tiny_model, trained_weights
+
+LABELS = {
+    "BigBirdForPreTraining": ["labels", "next_sentence_label"],
+    "BigBirdForQuestionAnswering": ["start_positions", "end_positions"],
+}
+
+
+def assert_same_weights(weights, others, **tolerance):
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_every_head_learns_and_its_labels_are_found(name, tmp_path):
+    rows = labelled_rows(name)
+    trainer = make_trainer(tiny_model(name), rows, tmp_path, eval_dataset=rows, max_steps=4, learning_rate=3e-3)
+    assert trainer.label_names == LABELS.get(name, ["labels"])
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.02
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_bfloat16_moves_the_float32_weights_as_float32_does(name, tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 0.05}
+    start = {key: value.clone() for key, value in tiny_model(name).state_dict().items()}
+    exact = trained_weights(name, tmp_path, **settings)
+    mixed = trained_weights(name, tmp_path, bf16=True, **settings)
+    assert all(weight.dtype is torch.float32 for weight in mixed.values())
+    moves = [torch.cat([(end[key] - start[key]).flatten() for key in start]) for end in (exact, mixed)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.98
+    assert moves[0].norm() > 1e-3
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_accumulated_gradients_have_the_scale_of_those_of_one_batch(name, tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
+    at_once = trained_weights(name, tmp_path, **settings)
+    in_parts = trained_weights(
+        name, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings
+    )
+    assert_same_weights(in_parts, at_once, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_gradient_checkpointing_changes_nothing(name, use_reentrant, tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
+    plain = trained_weights(name, tmp_path, **settings)
+    checkpointed = trained_weights(
+        name,
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        **settings,
+    )
+    assert_same_weights(checkpointed, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_torch_compile_changes_nothing(tmp_path):
+    """The graph, forward and backward; inductor's own code for it is torch's, and takes a minute to make."""
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "settings": {"num_hidden_layers": 1}}
+    plain = trained_weights("BigBirdForMaskedLM", tmp_path, **settings)
+    compiled = trained_weights("BigBirdForMaskedLM", tmp_path, torch_compile_backend="aot_eager", **settings)
+    compiled = {key.removeprefix("_orig_mod."): value for key, value in compiled.items()}
+    assert_same_weights(compiled, plain, atol=2e-6, rtol=1e-4)
+
+
+def group_by_length():
+    """The argument for it, which has another name in newer transformers."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return {"group_by_length": True} if "group_by_length" in fields else {"train_sampling_strategy": "group_by_length"}
+
+
+class Recorder:
+    """A collator that remembers the batches it made."""
+
+    def __init__(self, collator):
+        self.collator = collator
+        self.batches = []
+
+    def __call__(self, rows):
+        self.batches.append(self.collator(rows))
+        return self.batches[-1]
+
+
+def test_inputs_of_like_lengths_are_grouped_and_padded_to_blocks(demo_tokenizer, tmp_path):
+    texts = ["word " * (3 if row % 2 else 100 + row) for row in range(16)]
+    rows = [{**demo_tokenizer(text), "labels": row % 2} for row, text in enumerate(texts)]
+    collator = Recorder(DataCollatorWithPadding(demo_tokenizer, pad_to_multiple_of=8))
+    model = tiny_model("BigBirdForSequenceClassification", vocab_size=len(demo_tokenizer), sep_token_id=4)
+    trainer = make_trainer(model, rows, tmp_path, data_collator=collator, max_steps=4, **group_by_length())
+    assert np.isfinite(trainer.train().training_loss)
+    assert len(collator.batches) >= 4
+    for batch in collator.batches:
+        assert batch["input_ids"].shape[1] % 8 == 0
+        lengths = batch["attention_mask"].sum(1)
+        assert lengths.min() > 90 or lengths.max() < 20
+
+
+def accuracy(prediction):
+    return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
+
+
+def test_evaluation_with_metrics_stops_a_run_that_gets_no_better(tmp_path):
+    name = "BigBirdForSequenceClassification"
+    trainer = make_trainer(
+        tiny_model(name),
+        labelled_rows(name),
+        tmp_path,
+        eval_dataset=labelled_rows(name, seed=5),
+        compute_metrics=accuracy,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        learning_rate=0.0,
+        max_steps=50,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3  # the first is the best; two more are waited for
+    assert trainer.evaluate()["eval_accuracy"] == trainer.state.best_metric
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    whole = resumable.train(tmp_path / "whole")
+    command = [sys.executable, "-m", resumable.__name__, str(tmp_path / "killed")]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert (tmp_path / "killed" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "killed" / "checkpoint-6").exists()
+    resumed = resumable.train(tmp_path / "killed", resume=True)
+    assert_same_weights(resumed, whole, atol=0, rtol=0)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return bigbird_plus.BigBirdTokenizer.from_pretrained(bigbird_plus.demo_checkpoint())
+
+
+class TestCollators:
+    def test_masked_language_modelling(self, demo_tokenizer):
+        torch.manual_seed(0)
+        rows = [demo_tokenizer("In the beginning God created the heaven and the earth. " * n) for n in (3, 9)]
+        batch = DataCollatorForLanguageModeling(demo_tokenizer, pad_to_multiple_of=32)(rows)
+        special = {demo_tokenizer.cls_token_id, demo_tokenizer.sep_token_id, demo_tokenizer.pad_token_id}
+        counted = batch["labels"] != -100
+        assert counted.any()
+        assert not special & set(batch["labels"][counted].tolist())
+        assert batch["input_ids"].shape[1] % 32 == 0
+        model = tiny_model("BigBirdForMaskedLM", vocab_size=len(demo_tokenizer))
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss.isfinite()
+        assert model.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+
+    def test_token_classification_leaves_padding_out(self, demo_tokenizer):
+        rows = [demo_tokenizer("And God said " * n) for n in (1, 40)]
+        rows = [{**row, "labels": [1] * len(row["input_ids"])} for row in rows]
+        batch = DataCollatorForTokenClassification(demo_tokenizer, pad_to_multiple_of=8)(rows)
+        assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+        model = tiny_model("BigBirdForTokenClassification", vocab_size=len(demo_tokenizer))
+        alone = [model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss for row in rows]
+        lengths = torch.tensor([float(len(row["input_ids"])) for row in rows])
+        if lengths.max() > 88:  # the short one is read in the pattern of the long one
+            assert model(**batch).loss.isfinite()
+        else:
+            torch.testing.assert_close(model(**batch).loss, (torch.stack(alone) * lengths).sum() / lengths.sum())
