@@ -437,7 +437,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
-        if input_ids is not None and masks.may_read_values(input_ids):
+        if input_ids is not None and masks.may_read_values(input_ids) and not config.is_decoder:
+            # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
