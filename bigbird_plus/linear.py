@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .attention.masks import is_tracing
+
 tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
 """GELU in its tanh approximation, which oneDNN computes together with the product before it."""
 
@@ -28,24 +30,25 @@ def linear(layer: nn.Module, states: Tensor, activation=None) -> Tensor:
     Returns:
         `[..., out_features]`.
     """
-    if not _is_plain(layer) or not prefers_onednn(states) or not _suits(layer.weight, states):
+    if not (_is_plain(layer) and _suits(layer.weight, states) and prefers_onednn(states)):
         states = layer(states)
-        return states if activation is None else activation(states)
-    fused = activation is tanh_gelu and not torch.is_grad_enabled()
-    product = onednn_product if not torch.is_grad_enabled() else _OneDnnLinear.apply
-    if fused:
+    elif torch.is_grad_enabled():
+        states = _OneDnnLinear.apply(states, layer.weight, layer.bias)
+    elif activation is tanh_gelu:
         return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh")
-    states = product(states, layer.weight, layer.bias)
+    else:
+        states = onednn_product(states, layer.weight, layer.bias)
     return states if activation is None else activation(states)
 
 
 def prefers_onednn(states: Tensor) -> bool:
     """Whether products with these states are oneDNN's rather than torch's default."""
-    if states.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if states.device.type != "cpu" or is_tracing() or torch.is_autocast_enabled("cpu") or not has_onednn():
         return False
-    if torch.is_autocast_enabled("cpu") or not has_onednn():
-        return False
-    return states.dtype is torch.float32 and _vendor_is_amd()
+    if states.dtype is torch.float32:
+        return _vendor_is_amd()
+    # the same product as by default, but together with the activation
+    return not torch.is_grad_enabled() and _has_onednn_for(states.dtype)
 
 
 @cache
@@ -56,6 +59,13 @@ def has_onednn() -> bool:
         return torch.backends.mkldnn.is_available() and onednn_product(one, one, None).item() == 1
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+@cache
+def _has_onednn_for(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of a reduced precision for this processor."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype in names and getattr(torch.ops.mkldnn, names[dtype], lambda: False)()
 
 
 @cache

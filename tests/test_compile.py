@@ -1,0 +1,63 @@
+"""torch.compile: whole graphs, one for all lengths of a kind."""
+
+import pytest
+import torch
+
+from .peers import make_pair, random_ids, random_inputs
+
+LENGTHS = (128, 130, 200, 88, 41)
+
+
+class CountingBackend:
+    """Runs the graphs as they are, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("attention_type", "graphs"), [("block_sparse", 2), ("original_full", 1)])
+@pytest.mark.parametrize("training", [False, True])
+def test_two_graphs_serve_all_lengths(attention_type, graphs, training):
+    model, _ = make_pair("BigBirdForMaskedLM", attention_type=attention_type, num_hidden_layers=1)
+    model.train(training)
+    backend = CountingBackend()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for length in LENGTHS:
+        inputs = random_inputs("BigBirdForMaskedLM", 2, length)
+        actual, expected = compiled(**inputs), model(**inputs)
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(actual.logits[real], expected.logits[real], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-4, atol=1e-4)
+        if training:
+            assert gradients_agree(model, actual.loss, expected.loss)
+    assert backend.graphs == graphs
+
+
+def gradients_agree(model, loss, other_loss):
+    grads = []
+    for each in (loss, other_loss):
+        model.zero_grad()
+        each.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    first, second = grads
+    return all((first[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-5 for name, grad in second.items())
+
+
+def test_inductor():
+    model, _ = make_pair("BigBirdModel", num_hidden_layers=1, num_random_blocks=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    ids = random_ids(1, 120)
+    with torch.no_grad():
+        actual, expected = (run(ids).last_hidden_state for run in (compiled, model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
