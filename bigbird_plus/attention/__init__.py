@@ -1,7 +1,7 @@
 """Attention of BigBird: the one place that the model calls, and the operator for those who want it elsewhere.
 
 *Which* tokens read which is the matter of `pattern`; *how* it is computed that of the engines: `eager`, the
-definition, and `sdpa`, which is linear in the length.
+definition, `sdpa`, which is linear in the length, and `flex`, which is so on torch's FlexAttention.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import eager, sdpa
+from . import eager, flex, sdpa
 from .masks import additive_mask, is_tracing, key_mask_bias, padding_mask
 from .packing import PackedInput
 from .pattern import BlockPattern, Sparsity
@@ -57,9 +57,10 @@ def attend_sparsely(
     implementation: str,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Block-sparse attention by an engine of ours: `"eager"`, or `"sdpa"` for every other name.
+    """Block-sparse attention by an engine of ours: `"eager"`, `"flex_attention"`, or `"sdpa"` for every other name,
+    where FlexAttention has no kernel, and while a graph is traced.
 
-    Asking the linear engine for probabilities computes them besides: the context stays the same to the bit.
+    Asking a linear engine for probabilities computes them besides: the context stays the same to the bit.
 
     Returns:
         The context, `[batch, heads, length, head_dim]`, and the probabilities, `[batch, heads, length, length]`, or
@@ -69,7 +70,9 @@ def attend_sparsely(
     if implementation == "eager":
         context, probabilities = eager.block_sparse_attention(*arguments, scaling=scaling)
         return context, probabilities if output_attentions else None
-    context = sdpa.block_sparse_attention(*arguments, scaling=scaling)
+    uses_flex = implementation == "flex_attention" and not is_tracing() and flex.has_kernel(query, key, value)
+    engine = flex if uses_flex else sdpa
+    context = engine.block_sparse_attention(*arguments, scaling=scaling)
     if not output_attentions:
         return context, None
     return context, eager.block_sparse_attention(*arguments, scaling=scaling)[1]
@@ -87,7 +90,8 @@ def attend_fully(
     dropout: float = 0.0,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Full attention, through the functions that transformers has under `implementation`.
+    """Full attention, through the functions that transformers has under `implementation`; where its `"flex_attention"`
+    cannot, `"sdpa"` serves.
 
     Args:
         module: the attention module; its `is_causal` tells whether a query without a mask reads earlier keys only.
@@ -101,6 +105,11 @@ def attend_fully(
     if implementation == "eager":
         context, probabilities = eager.dense_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
         return context, probabilities if output_attentions else None
+    if implementation == "flex_attention":
+        if query.device.type == "cpu" or dropout:  # fails there: with masks, gradients or dropout
+            implementation = "sdpa"
+        elif mask is not None:
+            mask = mask.expand(query.shape[0], -1, query.shape[2], -1)
     function = ALL_ATTENTION_FUNCTIONS[implementation]
     context, _ = function(module, query, key, value, mask, dropout=dropout, scaling=scaling)
     probabilities = None
@@ -203,7 +212,8 @@ def block_sparse_attention(
         eval_random_blocks: read the random blocks in evaluation, too.
         max_position_embeddings: length, in tokens, for which random blocks are drawn (see `random_blocks`).
         scaling: what scores are multiplied by, `head_dim ** -0.5` by default.
-        implementation: `"sdpa"` (the default; linear in the length) or `"eager"` (the definition; quadratic).
+        implementation: `"sdpa"` (the default; linear in the length), `"flex_attention"` (linear as well; on a GPU, or
+            on a CPU without gradients, else `"sdpa"` serves) or `"eager"` (the definition; quadratic).
         output_attentions: whether to return the probabilities, too. They take memory quadratic in the length.
 
     Returns:
@@ -218,8 +228,10 @@ def block_sparse_attention(
             "query, key and value must have one shape, [batch, heads, length, head_dim], but have "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
         )
-    if implementation not in (None, "sdpa", "eager"):
-        raise ValueError(f"implementation must be 'sdpa', 'eager' or None, but is {implementation!r}.")
+    if implementation not in (None, "sdpa", "flex_attention", "eager"):
+        raise ValueError(
+            f"implementation must be 'sdpa', 'flex_attention', 'eager' or None, but is {implementation!r}."
+        )
     batch, heads, length, head_dim = query.shape
     sparsity = Sparsity(
         num_attention_heads=heads,
