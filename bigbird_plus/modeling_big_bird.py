@@ -363,6 +363,22 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         self.base_model.attention_type = value
 
 
+class BigBirdPooler(nn.Linear):
+    """The layer behind `pooler_output`. Frozen it stays frozen, also as it gets other parameters: transformers 5 makes
+    new ones of what it loads."""
+
+    is_frozen = False
+
+    def freeze(self) -> None:
+        self.is_frozen = True
+        self.requires_grad_(False)
+
+    def register_parameter(self, name, param):
+        if self.is_frozen:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
+
+
 class BigBirdModel(BigBirdPreTrainedModel):
     """BigBird without a head on top: an encoder, or with `config.is_decoder` a decoder.
 
@@ -378,7 +394,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         self.attention_type = config.attention_type
         self.embeddings = BigBirdEmbeddings(config)
         self.encoder = BigBirdEncoder(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.pooler = BigBirdPooler(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.post_init()
 
     def get_input_embeddings(self):

@@ -197,7 +197,7 @@ def freeze_pooler(model: BigBirdModel) -> None:
     """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
     parameter without a gradient stops distributed training."""
     if model.pooler is not None:
-        model.pooler.requires_grad_(False)
+        model.pooler.freeze()
 
 
 class BigBirdForPreTraining(_LanguageModel):

@@ -1,0 +1,357 @@
+"""The task models: what they hold, what they train, and that their files are transformers' files."""
+
+import copy
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import bigbird_plus
+
+from .peers import MODELS, TASK_MODELS, make_model, make_pair, random_ids, random_inputs
+
+SPARSE = 131  # a length at which a block-sparse model reads sparsely
+LANGUAGE_MODELS = ["BigBirdForPreTraining", "BigBirdForMaskedLM", "BigBirdForCausalLM"]
+USES_POOLER = ["BigBirdForPreTraining", "BigBirdForMultipleChoice"]
+
+
+def reload(model, folder, **arguments):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, **arguments)
+
+
+def logits(model, length=SPARSE):
+    """The first thing that a model returns for some fixed input."""
+    with torch.no_grad():
+        inputs = random_inputs(type(model).__name__, 2, length, labels=False)
+        return model.eval()(**inputs)[0]
+
+
+def assert_same_logits(model, expected):
+    """Weights at other addresses can round otherwise."""
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they hold and take
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dicts_have_the_names_and_shapes_of_transformers(name):
+    ours, theirs = make_pair(name)
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_arguments_come_in_the_documented_order(name):
+    ours, theirs = (
+        [
+            p.name
+            for p in inspect.signature(getattr(package, name).forward).parameters.values()
+            if p.kind != p.VAR_KEYWORD
+        ]
+        for package in (bigbird_plus, transformers)
+    )
+    assert [argument for argument in ours if argument in theirs] == theirs
+    if "head_mask" in theirs:  # version 5 of transformers has dropped arguments
+        assert ours[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_a_pooling_layer_that_is_not_used_is_frozen(tmp_path, name):
+    model = make_model(name)
+    for candidate in (model, reload(model, tmp_path), copy.deepcopy(model)):
+        frozen = {key for key, parameter in candidate.named_parameters() if not parameter.requires_grad}
+        has_idle_pooler = name not in USES_POOLER and candidate.bert.pooler is not None
+        assert frozen == ({"bert.pooler.weight", "bert.pooler.bias"} if has_idle_pooler else set())
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+@pytest.mark.parametrize("length", [40, SPARSE])
+def test_all_that_is_not_frozen_gets_a_gradient(name, length):
+    model = make_model(name).train()
+    model(**random_inputs(name, 2, length)).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, key
+
+
+def test_question_answering_has_two_labels_and_no_pooling_layer():
+    config = bigbird_plus.BigBirdConfig(**make_model().config.to_diff_dict())
+    config.num_labels = 5
+    model = bigbird_plus.BigBirdForQuestionAnswering(config)
+    assert model.qa_classifier.qa_outputs.out_features == 2
+    assert model.bert.pooler is None
+    output = model(random_ids(1, 40))
+    assert "pooler_output" not in output
+    assert output.pooler_output is None
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, 0.25), (0.5, 0.5), (0.0, 0.0)])
+def test_dropout_of_classifiers(value, expected):
+    settings = {"hidden_dropout_prob": 0.25, "classifier_dropout": value}
+    assert make_model("BigBirdForSequenceClassification", **settings).classifier.dropout.p == expected
+    assert make_model("BigBirdForTokenClassification", **settings).dropout.p == expected
+
+
+@pytest.mark.parametrize("name", ["BigBirdForMaskedLM", "BigBirdForTokenClassification"])
+def test_labels_of_minus_100_do_not_count(name):
+    model = make_model(name)
+    inputs = random_inputs(name, 2, 40, padded=False)
+    labels = inputs.pop("labels")
+    labels[:, 10:] = -100
+    output = model(**inputs, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :10].flatten(0, 1), labels[:, :10].flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_multiple_choice_takes_a_row_for_each_choice():
+    model = make_model("BigBirdForMultipleChoice")
+    inputs = random_inputs("BigBirdForMultipleChoice", 2, SPARSE)
+    assert inputs["input_ids"].shape == (2, 3, SPARSE)
+    with torch.no_grad():
+        together = model(**inputs, output_hidden_states=True)
+        alone = [
+            model(inputs["input_ids"][:, i : i + 1], attention_mask=inputs["attention_mask"][:, i : i + 1]).logits
+            for i in range(3)
+        ]
+    assert together.logits.shape == (2, 3)
+    assert together.hidden_states[0].shape == (6, SPARSE, 32)
+    torch.testing.assert_close(together.logits, torch.cat(alone, dim=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load(tmp_path, name):
+    model = make_model(name)
+    again, info = reload(model, tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_same_logits(again, model)
+    assert again.config.architectures == [name]
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_a_head_starts_from_a_backbone_alone(tmp_path, name):
+    """What the file lacks is initialised and reported: all of the head."""
+    backbone = make_model()
+    backbone.save_pretrained(tmp_path)
+    model, info = getattr(bigbird_plus, name).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(key.startswith("bert.") for key in info["missing_keys"])
+    head = {key: value for key, value in model.named_parameters() if not key.startswith("bert.")}
+    assert head
+    tied = {"cls.predictions.decoder.weight"}
+    assert set(head) - tied <= set(info["missing_keys"])
+    for key, value in head.items():
+        assert value.device.type == "cpu", key
+        if key.endswith("bias"):
+            assert (value == 0).all(), key
+    for key, value in model.bert.state_dict().items():
+        assert torch.equal(value, backbone.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_a_backbone_starts_from_a_head(tmp_path, name):
+    model = make_model(name)
+    model.save_pretrained(tmp_path)
+    backbone = bigbird_plus.BigBirdModel.from_pretrained(tmp_path, add_pooling_layer=model.bert.pooler is not None)
+    assert_same_logits(backbone, model.bert)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tied weights and the bias of the predictions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_tying(model, tied):
+    predictions = model.cls.predictions
+    assert (predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight) == tied
+    assert predictions.decoder.bias is predictions.bias
+    assert predictions.bias.requires_grad
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_tied_and_the_bias_is_kept(tmp_path, name, tied):
+    model = make_model(name, tie_word_embeddings=tied)
+    check_tying(model, tied)
+    again = reload(model, tmp_path)
+    check_tying(again, tied)
+    assert model.cls.predictions.bias.abs().max() > 0.1
+    assert torch.equal(again.cls.predictions.bias, model.cls.predictions.bias)
+    assert_same_logits(again, model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kept", ["bias", "decoder.bias", "both"])
+def test_files_name_the_bias_as_they_like(tmp_path, tied, kept):
+    """Those of the Hub have both names, transformers 4 writes the one, and 5 can write another."""
+    model = make_model("BigBirdForMaskedLM", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    for name in {"bias": ["decoder.bias"], "decoder.bias": ["bias"], "both": []}[kept]:
+        del tensors[f"cls.predictions.{name}"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = type(model).from_pretrained(tmp_path)
+    check_tying(again, tied)
+    assert_same_logits(again, model)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_untied_models_write_the_bias_under_both_names(tmp_path, name):
+    """Version 4 of transformers' own model reads the one, version 5 the other."""
+    model = make_model(name, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    for folder in ("whole", "given"):
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        for key in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+            assert torch.equal(tensors[key], model.cls.predictions.bias), key
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [150, 100])
+def test_resized_vocabularies_keep_weights_and_bias_in_step(tmp_path, tied, size):
+    model = make_model("BigBirdForMaskedLM", tie_word_embeddings=tied)
+    ids = random_ids(2, 40, high=100)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(size, mean_resizing=False)
+        after = model(ids).logits
+        check_tying(model, tied)
+        again = reload(model, tmp_path)
+        check_tying(again, tied)
+        torch.testing.assert_close(again(ids).logits, after, atol=1e-5, rtol=0)
+    assert model.config.vocab_size == again.config.vocab_size == size
+    assert model.cls.predictions.bias.shape == (size,)
+    assert after.shape[-1] == size
+    shared = min(size, 120)
+    torch.testing.assert_close(after[..., :shared], before[..., :shared])
+
+
+def test_training_moves_tied_weights_together(tmp_path):
+    model = make_model("BigBirdForMaskedLM").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = random_inputs("BigBirdForMaskedLM", 2, SPARSE)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    check_tying(model, tied=True)
+    assert_same_logits(reload(model, tmp_path), model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain transformers, in a process that knows nothing of us
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLAIN_TRANSFORMERS = """
+import sys
+from pathlib import Path
+import torch, transformers
+
+ours, theirs = Path(sys.argv[1]), Path(sys.argv[2])
+for folder in sorted(ours.iterdir()):
+    model_class = getattr(transformers, folder.name.removesuffix("-untied"))
+    inputs = torch.load(folder / "inputs.pt")
+    model = model_class.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.save(model(**inputs)[0], folder / "logits.pt")
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.copy_(0.2 * torch.randn(parameter.shape) + ("LayerNorm.weight" in name))
+        model.save_pretrained(theirs / folder.name)
+        torch.save(model(**inputs)[0], theirs / folder.name / "logits.pt")
+assert not any(name.startswith("bigbird_plus") for name in sys.modules)
+"""
+
+EXCHANGED = [*MODELS, *(f"{name}-untied" for name in LANGUAGE_MODELS)]
+
+
+@pytest.fixture(scope="module")
+def exchange(tmp_path_factory):
+    """Folders with checkpoints of ours and of plain transformers, and the logits plain transformers gets from both."""
+    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
+    for folder in EXCHANGED:
+        name = folder.removesuffix("-untied")
+        make_model(name, tie_word_embeddings=name == folder).save_pretrained(ours / folder)
+        torch.save(random_inputs(name, 2, SPARSE, labels=False), ours / folder / "inputs.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", PLAIN_TRANSFORMERS, str(ours), str(theirs)]
+    result = subprocess.run(command, env=environment, cwd=ours, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return ours, theirs
+
+
+def assert_close_at_real_tokens(actual, expected, name):
+    mask = random_inputs(name, 2, SPARSE)["attention_mask"].bool()
+    real = mask if actual.shape[:2] == mask.shape else ...
+    torch.testing.assert_close(actual[real], expected[real], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("folder", EXCHANGED)
+def test_plain_transformers_reads_our_files(exchange, folder):
+    name = folder.removesuffix("-untied")
+    expected = torch.load(exchange[0] / folder / "logits.pt")
+    assert_close_at_real_tokens(
+        logits(getattr(bigbird_plus, name).from_pretrained(exchange[0] / folder)), expected, name
+    )
+
+
+@pytest.mark.parametrize("folder", EXCHANGED)
+def test_we_read_the_files_of_plain_transformers(exchange, folder):
+    name = folder.removesuffix("-untied")
+    expected = torch.load(exchange[1] / folder / "logits.pt")
+    model, info = getattr(bigbird_plus, name).from_pretrained(exchange[1] / folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_close_at_real_tokens(logits(model), expected, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distributed training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_in_parallel(rank, folder):
+    """Two steps of every model; a parameter without a gradient would stop the second."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    gradients = {}
+    for name in TASK_MODELS:
+        inputs = random_inputs(name, 2, SPARSE, seed=rank)
+        model = DistributedDataParallel(make_model(name, is_decoder=name == "BigBirdForCausalLM").train())
+        for _ in range(2):
+            model.zero_grad()
+            model(**inputs).loss.backward()
+        gradients[name] = [p.grad for p in model.parameters() if p.requires_grad]
+    torch.save(gradients, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_distributed_training_needs_no_search_for_unused_parameters(tmp_path):
+    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in TASK_MODELS:
+        alone = []
+        for rank in range(2):
+            model = make_model(name, is_decoder=name == "BigBirdForCausalLM").train()
+            model(**random_inputs(name, 2, SPARSE, seed=rank)).loss.backward()
+            alone.append([p.grad for p in model.parameters() if p.requires_grad])
+        for first, second, *grads in zip(*(result[name] for result in results), *alone, strict=True):
+            assert torch.equal(first, second), name
+            torch.testing.assert_close(first, sum(grads) / 2, atol=1e-5, rtol=1e-4)
