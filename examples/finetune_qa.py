@@ -14,6 +14,7 @@ import re
 import string
 
 import numpy as np
+import torch
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -95,7 +96,7 @@ def cut_into_parts(questions, tokenizer, args):
 
 
 def add_answers(inputs, places, questions):
-    """`start_positions` and `end_positions` in tokens: those of the first answer, or of `[CLS]` if the part has none."""
+    """Adds the first and the last token of the first answer, or `[CLS]` for both if it is not in the part."""
     for row, (number, offsets) in zip(inputs, places, strict=True):
         row["start_positions"] = row["end_positions"] = 0
         for text, first in questions[number]["answers"][:1]:
@@ -167,7 +168,7 @@ def main(argv=None):
     args = parse_args(argv)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForQuestionAnswering.from_pretrained(args.model)
+    model = AutoModelForQuestionAnswering.from_pretrained(args.model, dtype=torch.float32)
     questions = read_questions(args.train_data, "train")
     trainer = Trainer(
         model=model,

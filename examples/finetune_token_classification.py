@@ -9,6 +9,7 @@ for `datasets.load_dataset`.
 import argparse
 import os
 
+import torch
 from datasets import load_dataset
 from transformers import (
     AutoModelForTokenClassification,
@@ -85,7 +86,7 @@ def main(argv=None):
     label_ids = {label: index for index, label in enumerate(labels)}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForTokenClassification.from_pretrained(
-        args.model, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=label_ids
+        args.model, dtype=torch.float32, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=label_ids
     )
     trainer = Trainer(
         model=model,

@@ -7,6 +7,7 @@ The data are those of `finetune_classification.py`. PEFT puts the adapters on th
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import (
@@ -65,7 +66,9 @@ def main(argv=None):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train, label_ids = read_data(args.train_data, tokenizer, args.max_length)
     held_out = args.eval_data and read_data(args.eval_data, tokenizer, args.max_length, label_ids)[0]
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(label_ids))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        args.model, dtype=torch.float32, num_labels=len(label_ids)
+    )
     adapters = LoraConfig(task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.05)
     model = get_peft_model(model, adapters)
     model.print_trainable_parameters()

@@ -158,7 +158,7 @@ def start_with_neighbours(bert, gain=4.0):
 
 
 def cut_into_inputs(texts, tokenizer, max_length):
-    """All texts, one after the other, in inputs of `max_length` tokens. The rest that does not fill one is left out."""
+    """All texts, one after the other, in inputs of `max_length` tokens; a rest that does not fill one is left out."""
     tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
     size = max_length - 2
     pieces = (tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size))
@@ -194,7 +194,10 @@ def prepare(args):
         tokenizer = train_tokenizer(texts, args.vocab_size, args.positions, args.output_dir)
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model or args.output_dir)
-    model = BigBirdForMaskedLM.from_pretrained(args.model) if args.model else new_model(args, tokenizer)
+    if args.model:
+        model = BigBirdForMaskedLM.from_pretrained(args.model, dtype=torch.float32)
+    else:
+        model = new_model(args, tokenizer)
     train = cut_into_inputs(texts, tokenizer, args.max_length)
     if not train:
         raise SystemExit(

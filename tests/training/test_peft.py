@@ -71,7 +71,7 @@ METHODS = {
     "adalora": AdaLoraConfig(task_type=TaskType.TOKEN_CLS, init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1),
     "ia3": IA3Config(task_type=TaskType.TOKEN_CLS),
     "rank-stabilised lora on all linear layers": LoraConfig(
-        task_type=TaskType.TOKEN_CLS, r=2, use_rslora=True, target_modules="all-linear"
+        task_type=TaskType.TOKEN_CLS, r=2, use_rslora=True, target_modules=["query", "key", "value", "dense"]
     ),
 }
 
