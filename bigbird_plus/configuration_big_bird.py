@@ -55,6 +55,9 @@ class BigBirdConfig(PretrainedConfig):
             effect while a graph is traced (`torch.compile`, `torch.export`).
         sparse_prediction (`bool`, defaults to `False`): let `BigBirdForMaskedLM` compute logits only where a label
             counts, if labels are given: `logits` then is `[labels that count, vocab_size]`. The loss is the same.
+        random_plan_positions (`int`, *optional*): length, in tokens, for which random blocks are drawn; `None` means
+            `max_position_embeddings`. `resize_position_embeddings` keeps it, so that a model with more positions reads
+            the same random blocks as before.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
         add_cross_attention (`bool`, defaults to `False`): whether the layers also read an encoder's states.
         tie_word_embeddings (`bool`, defaults to `True`): whether the language modelling head shares the embeddings.
@@ -98,6 +101,7 @@ class BigBirdConfig(PretrainedConfig):
         num_global_blocks=2,
         pattern_per_document=False,
         sparse_prediction=False,
+        random_plan_positions=None,
         is_decoder=False,
         add_cross_attention=False,
         tie_word_embeddings=True,
@@ -128,6 +132,7 @@ class BigBirdConfig(PretrainedConfig):
         self.num_global_blocks = num_global_blocks
         self.pattern_per_document = pattern_per_document
         self.sparse_prediction = sparse_prediction
+        self.random_plan_positions = random_plan_positions
         # Newer transformers do not declare these three in the base class, and read them all the same.
         self.is_decoder = is_decoder
         self.add_cross_attention = add_cross_attention
@@ -159,6 +164,8 @@ class BigBirdConfig(PretrainedConfig):
         }
         for field, least in whole_numbers.items():
             check_whole_number(field, getattr(self, field), least)
+        if self.random_plan_positions is not None:
+            check_whole_number("random_plan_positions", self.random_plan_positions, 1)
         Sparsity.from_config(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -24,7 +24,7 @@ from .attention import (
 )
 from .attention.causal import CausalInput, attend_causally, make_causal_input
 from .attention.packing import PackedInput, pack_documents
-from .attention.pattern import Sparsity
+from .attention.pattern import Sparsity, check_whole_number
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
 
@@ -352,6 +352,40 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+    def get_position_embeddings(self) -> nn.Embedding:
+        """The position embeddings, `[max_position_embeddings, hidden_size]`."""
+        return self.base_model.embeddings.position_embeddings
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int, method: str = "tile") -> None:
+        """Gives the model another number of positions, and says so in its configuration.
+
+        Args:
+            new_num_position_embeddings: how many. With fewer than before, the last ones are cut off.
+            method: where more come from. `"tile"` repeats those that there are from the beginning, which leaves the
+                outputs for short inputs as they were; `"interpolate"` stretches them.
+
+        Raises:
+            ValueError: for another method, or fewer than one position.
+        """
+        check_whole_number("new_num_position_embeddings", new_num_position_embeddings, 1)
+        if method not in ("tile", "interpolate"):
+            raise ValueError(f"method must be 'tile' or 'interpolate', but is {method!r}.")
+        old = self.get_position_embeddings()
+        count = old.num_embeddings
+        if method == "tile" or new_num_position_embeddings <= count:
+            weight = old.weight.detach()[torch.arange(new_num_position_embeddings) % count]
+        else:
+            channels = old.weight.detach().t()[None].float()
+            stretched = nn.functional.interpolate(
+                channels, new_num_position_embeddings, mode="linear", align_corners=True
+            )
+            weight = stretched[0].t().contiguous().to(old.weight.dtype)
+        new = nn.Embedding.from_pretrained(weight, freeze=not old.weight.requires_grad)
+        self.base_model.embeddings.position_embeddings = new
+        if self.config.random_plan_positions is None:
+            self.config.random_plan_positions = count
+        self.config.max_position_embeddings = new_num_position_embeddings
 
     def set_attention_type(self, value: str) -> None:
         """Chooses which tokens read which, from the next call on: `"block_sparse"` or `"original_full"`.

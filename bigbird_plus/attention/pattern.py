@@ -56,7 +56,10 @@ class Sparsity:
     @classmethod
     def from_config(cls, config) -> "Sparsity":
         """The settings that a `BigBirdConfig` names."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__}
+        if config.random_plan_positions is not None:
+            fields["max_position_embeddings"] = config.random_plan_positions
+        return cls(**fields)
 
     @property
     def full_attention_length(self) -> int:
