@@ -5,6 +5,7 @@ from .attention.pattern import BlockPattern, Sparsity
 from .auto import register, unregister
 from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
+from .demo import demo_checkpoint
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
 from .modeling_heads import (
     BigBirdForCausalLM,
@@ -43,6 +44,7 @@ __all__ = [
     "Sparsity",
     "block_sparse_attention",
     "convert_checkpoint",
+    "demo_checkpoint",
     "register",
     "unregister",
 ]

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -13,12 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    pipeline,
+)
 
 from . import bench as benchmarks
 from .attention.pattern import Sparsity
 from .configuration_big_bird import BigBirdConfig
-from .demo import attention_in_use, document, mask_words, write_untrained_checkpoint
+from .conversion import convert_checkpoint
+from .demo import attention_in_use, demo_checkpoint, document, mask_words
 from .environment import describe_environment
 
 app = typer.Typer(help="BigBird for transformers: long documents in linear time.", add_completion=False)
@@ -49,12 +55,9 @@ def _refuse(message: str) -> None:
 
 @app.command()
 def demo() -> None:
-    """Fill in words of a long document: offline, by a small model made for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_untrained_checkpoint(folder)
-        model = AutoModelForMaskedLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        _fill_in_document(model, tokenizer)
+    """Fill in words of a long document: offline, by a small model that comes with the package."""
+    model = AutoModelForMaskedLM.from_pretrained(demo_checkpoint())
+    _fill_in_document(model, AutoTokenizer.from_pretrained(demo_checkpoint()))
 
 
 def _fill_in_document(model, tokenizer) -> None:
@@ -66,7 +69,7 @@ def _fill_in_document(model, tokenizer) -> None:
     seconds = time.perf_counter() - start
 
     table = Table(
-        "text", "word left out", "predictions (probability)", title="The Apache License 2.0, with words left out"
+        "text", "word left out", "predictions (probability)", title="The Book of Ruth, with words left out"
     )
     for word, best in zip(words, predictions, strict=True):
         before = "..." + word.string[max(0, word.start() - 30) : word.start()]
@@ -74,7 +77,7 @@ def _fill_in_document(model, tokenizer) -> None:
     length = len(tokenizer(text).input_ids)
     attention_type, implementation = attention_in_use(model, length)
     facts = {
-        "weights": "untrained (random): the predictions are guesses",
+        "weights": "small, and trained on other books of the King James Bible",
         "model": f"{type(model).__module__.split('.')[0]}.{type(model).__name__}, loaded by path",
         "attention type": attention_type,
         "implementation": implementation,
@@ -163,6 +166,40 @@ def bench(
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
         benchmarks.plot(report, plot)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A local folder, a name on the Hub, or a TensorFlow checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    max_position_embeddings: Annotated[int, typer.Option(min=1, help="Longest input, in tokens.")] = 4096,
+    architecture: Annotated[str | None, typer.Option(help="Class of the new model, as BigBirdForMaskedLM.")] = None,
+) -> None:
+    """Make a BigBird of a BERT or RoBERTa checkpoint, or of one of Google's."""
+    model = convert_checkpoint(source, target, max_position_embeddings, architecture=architecture)
+    print(f"{target}: {type(model).__name__} for inputs of up to {max_position_embeddings:,} tokens")
+
+
+@app.command()
+def qa(
+    model: ModelOption,
+    question: Annotated[str, typer.Option(help="What to look for.")],
+    document: Annotated[typer.FileText, typer.Option(encoding="utf-8", help="A text file; - is standard input.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 1,
+    no_answer: Annotated[bool, typer.Option("--no-answer", help="There may be no answer.")] = False,
+) -> None:
+    """Find the answer to a question in a document of any length."""
+    answer = pipeline(
+        "extractive-question-answering",
+        model=_load(AutoModelForQuestionAnswering, model),
+        tokenizer=_load(AutoTokenizer, model),
+    )
+    found = answer(question=question, context=document.read(), top_k=top_k, handle_impossible_answer=no_answer)
+    table = Table("answer", "characters", "score")
+    for best in [found] if isinstance(found, dict) else found:
+        place = f"{best['start']} to {best['end']}"
+        table.add_row(Text(best["answer"] or "(no answer)"), place, f"{best['score']:.2g}")
+    Console().print(table)
 
 
 @app.command()

@@ -49,12 +49,12 @@ def refusal(capsys, *arguments) -> str:
 
 def test_demo(capsys):
     shown = run(capsys, "demo")
-    assert "untrained" in shown
+    assert "King James" in shown
     assert "bigbird_plus.BigBirdForMaskedLM" in shown
     assert re.search(r"attention type +block_sparse", shown)
     assert re.search(r"implementation +sdpa", shown)
     tokens = re.search(r"document +([\d,]+) tokens", shown)[1]
-    assert int(tokens.replace(",", "")) > 1024
+    assert int(tokens.replace(",", "")) > 2000
     assert re.search(r"[\d,]+ tokens per second", shown)
     assert shown.count("[MASK]") == 6
 
@@ -112,6 +112,32 @@ def test_plot_attention_of_a_model(capsys, tmp_path, checkpoint):
     assert "4,096 tokens in blocks of 64" in (tmp_path / "a.svg").read_text()
 
 
+def test_convert(capsys, tmp_path):
+    config = transformers.BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    arguments = ["--max-position-embeddings", "2048", "--architecture", "BigBirdModel"]
+    shown = run(capsys, "convert", tmp_path / "bert", tmp_path / "out", *arguments)
+    assert shown == f"{tmp_path / 'out'}: BigBirdModel for inputs of up to 2,048 tokens\n"
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert isinstance(model, bigbird_plus.BigBirdModel)
+    assert model.config.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("place", ["file", "standard input"])
+def test_qa(capsys, tmp_path, checkpoint, monkeypatch, place):
+    file = tmp_path / "document.txt"
+    file.write_text(document(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(document().encode())))
+    name = file if place == "file" else "-"
+    arguments = ["--model", checkpoint, "--question", "Who?", "--document", name, "--top-k", "3", "--no-answer"]
+    rows = re.findall(r"│ (.+?) +│ (\d+) to (\d+) +│ (\S+) +│", run(capsys, "qa", *arguments))
+    assert len(rows) == 3
+    for answer, start, end, score in rows:
+        found = document()[int(start) : int(end)]
+        assert found.startswith(answer) if answer != "(no answer)" else found == ""
+        assert float(score) > 0
+
+
 def bert(tmp_path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     return tmp_path
@@ -133,6 +159,10 @@ def bert(tmp_path) -> Path:
         (["plot-attention", "{empty}/a.xyz"], "xyz"),
         (["plot-attention", "{empty}/no/folder/a.png"], "No such file or directory"),
         (["plot-attention", "--model", "{bert}"], "must be a BigBird"),
+        (["convert", "{checkpoint}", "out"], "'big_bird'"),
+        (["convert", "{bert}", "{bert}"], "is not empty"),
+        (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "no.txt"], "--document"),
+        (["qa", "--model", "{checkpoint}", "--question", "", "--document", "{bert}/config.json"], "needs a question"),
         (["bench", "--lengths", "1024,many"], "--lengths must be whole numbers with commas between them, not 'many'"),
         (["bench", "--lengths", "0"], "lengths must be different positive numbers, but are (0,)"),
         (["bench", "--lengths", "1024,1024"], "lengths must be different positive numbers"),

@@ -1,0 +1,210 @@
+"""The scripts in `examples/`, run as a user runs them, at a tiny size, from the demo checkpoint or from scratch."""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import bigbird_plus
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = str(bigbird_plus.demo_checkpoint())
+SHAPE = {"vocab-size": 120, "hidden-size": 32, "layers": 2, "heads": 2, "positions": 256, "block-size": 8}
+QUICK = ["--max-steps", "2", "--batch-size", "2", "--gradient-accumulation", "1", "--max-length", "128", "--cpu"]
+
+
+def load_example(name):
+    """The module of an example, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """Paragraphs of made-up prose with some hundred different words."""
+    draw = random.Random(0)
+    syllables = ["ba", "ko", "ri", "me", "su", "ta", "lo", "ni", "ve", "du"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(300)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(draw.choices(words, k=40)) + "." for _ in range(60)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def classification_data(tmp_path):
+    rows = [
+        {"text": "And God said, " * (3 + row) + word, "label": word} for row in range(3) for word in ("yea", "nay")
+    ]
+    return write_lines(tmp_path / "documents.jsonl", rows)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_help_shows_every_argument(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_example(path.stem).parse_args(["--help"])
+    assert stop.value.code == 0
+    assert {"--output-dir", "--seed", "--cpu"} <= set(capsys.readouterr().out.replace(",", " ").split())
+
+
+def test_pretraining_from_scratch_then_on_long_inputs(text_file, tmp_path, capsys):
+    main = load_example("pretrain_mlm").main
+    short, long = str(tmp_path / "short"), str(tmp_path / "long")
+    data = ["--train-data", text_file, "--eval-data", text_file, "--cpu", "--batch-size", "2", "--warmup-steps", "1"]
+    shape = [f"--{name}={value}" for name, value in SHAPE.items()]
+    main([*data, *shape, "--max-length", "32", "--shift-positions", "--steps", "3", "--output-dir", short])
+    main([*data, "--model", short, "--max-length", "256", "--steps", "2", "--output-dir", long, "--save-bfloat16"])
+    assert capsys.readouterr().out.count("held-out loss") == 2
+
+    tokenizer = AutoTokenizer.from_pretrained(long)
+    assert isinstance(tokenizer, (bigbird_plus.BigBirdTokenizer, bigbird_plus.BigBirdTokenizerFast))
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4, 5, 6]) == [
+        "<pad>", "</s>", "<s>", "[CLS]", "[SEP]", "[MASK]", "<unk>",
+    ]  # fmt: skip
+    assert len(tokenizer) == 120
+    with safe_open(f"{long}/model.safetensors", "pt") as weights:
+        assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118, no mapping
+    assert len(pipeline("fill-mask", model=long)("ba ko [MASK]", top_k=3)) == 3
+
+
+def test_pretraining_says_what_is_missing(text_file, tmp_path):
+    with pytest.raises(SystemExit, match="--vocab-size"):
+        load_example("pretrain_mlm").main(["--train-data", text_file, "--output-dir", str(tmp_path)])
+
+
+def test_classification(classification_data, tmp_path, capsys):
+    output = str(tmp_path / "model")
+    data = ["--train-data", classification_data, "--eval-data", classification_data]
+    load_example("finetune_classification").main([*data, "--model", DEMO, "--output-dir", output, *QUICK])
+    assert "accuracy" in capsys.readouterr().out
+    assert {answer["label"] for answer in pipeline("text-classification", model=output)(["yea", "nay"])} <= {
+        "yea",
+        "nay",
+    }
+
+
+def test_token_classification(tmp_path, capsys):
+    rows = [{"tokens": ["And", "Abraham", "went", "unto", "Hebron"], "tags": ["O", "PER", "O", "O", "LOC"]}] * 4
+    data = write_lines(tmp_path / "words.jsonl", rows)
+    output = str(tmp_path / "model")
+    load_example("finetune_token_classification").main(
+        ["--train-data", data, "--eval-data", data, "--model", DEMO, "--output-dir", output, *QUICK]
+    )
+    assert "accuracy of words" in capsys.readouterr().out
+    model = bigbird_plus.BigBirdForTokenClassification.from_pretrained(output)
+    assert model.config.id2label == {0: "LOC", 1: "O", 2: "PER"}
+
+
+def test_lora_writes_an_adapter_and_a_merged_model(classification_data, tmp_path, capsys):
+    output, merged = tmp_path / "adapter", tmp_path / "merged"
+    load_example("lora").main(
+        [
+            *QUICK,
+            "--train-data",
+            classification_data,
+            "--model",
+            DEMO,
+            "--output-dir",
+            str(output),
+            "--merge-into",
+            str(merged),
+        ]
+    )
+    assert "trainable params" in capsys.readouterr().out
+    base = AutoModelForSequenceClassification.from_pretrained(DEMO, dtype=torch.float32, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    inputs = tokenizer("And God said, Let there be light", return_tensors="pt")
+    from_adapter = PeftModel.from_pretrained(base, output).eval()(**inputs).logits
+    from_merged = AutoModelForSequenceClassification.from_pretrained(merged).eval()(**inputs).logits
+    assert (from_adapter - from_merged).abs().max() < 1e-5
+
+
+class TestQuestionAnswering:
+    CONTEXT = "And the name of the wife of Abram was Sarai. " + "And it came to pass. " * 60 + "His son was Isaac."
+
+    @pytest.fixture
+    def squad_file(self, tmp_path):
+        questions = [
+            {"id": "1", "question": "Who was the wife?", "answers": [self.answer("Sarai")]},
+            {"id": "2", "question": "Who was the son?", "answers": [self.answer("Isaac")]},
+        ]
+        data = {"data": [{"title": "", "paragraphs": [{"context": self.CONTEXT, "qas": questions}]}]}
+        path = tmp_path / "squad.json"
+        path.write_text(json.dumps(data), encoding="utf-8")
+        return str(path)
+
+    def answer(self, text):
+        return {"text": text, "answer_start": self.CONTEXT.index(text)}
+
+    def test_every_part_knows_its_answer_and_the_way_back(self, squad_file):
+        example, tokenizer = load_example("finetune_qa"), AutoTokenizer.from_pretrained(DEMO)
+        args = example.parse_args(
+            ["--train-data", squad_file, "--output-dir", "", "--max-length", "128", "--stride", "32"]
+        )
+        questions = example.read_questions(squad_file, "train")
+        inputs, places = example.cut_into_parts(questions, tokenizer, args)
+        assert len(inputs) > 4
+        found = {}
+        for row, (number, offsets) in zip(example.add_answers(inputs, places, questions), places, strict=True):
+            if row["start_positions"]:
+                first, last = offsets[row["start_positions"]][0], offsets[row["end_positions"]][1]
+                found[questions[number]["id"]] = self.CONTEXT[first:last].strip()
+        assert found == {"1": "Sarai", "2": "Isaac"}
+
+    def test_best_span_of_all_parts_is_the_answer(self, squad_file):
+        example, tokenizer = load_example("finetune_qa"), AutoTokenizer.from_pretrained(DEMO)
+        args = example.parse_args(
+            ["--train-data", squad_file, "--output-dir", "", "--max-length", "128", "--stride", "32"]
+        )
+        questions = example.read_questions(squad_file, "train")
+        inputs, places = example.cut_into_parts(questions, tokenizer, args)
+        example.add_answers(inputs, places, questions)
+        logits = [
+            [[5.0 * (i == row[key] > 0) for i in range(len(row["input_ids"]))] for row in inputs]
+            for key in ("start_positions", "end_positions")
+        ]
+        assert self.best(example, logits, places, questions) == {"1": "Sarai", "2": "Isaac"}
+        assert example.score({"1": "the Sarai!", "2": "Isaac begat"}, questions) == {
+            "exact_match": 50.0,
+            "f1": pytest.approx(100 * (1 + 2 / 3) / 2),
+        }
+
+    @staticmethod
+    def best(example, logits, places, questions):
+        import numpy as np
+
+        return example.best_answers(*([np.array(row) for row in rows] for rows in logits), places, questions, 30)
+
+    def test_script(self, squad_file, tmp_path, capsys):
+        output = tmp_path / "reader"
+        load_example("finetune_qa").main(
+            [
+                *QUICK,
+                "--train-data",
+                squad_file,
+                "--eval-data",
+                squad_file,
+                "--model",
+                DEMO,
+                "--output-dir",
+                str(output),
+                "--stride",
+                "32",
+            ]
+        )
+        assert "exact match" in capsys.readouterr().out
+        answers = json.loads((output / "predictions.json").read_text())
+        assert answers.keys() == {"1", "2"}
+        assert all(answer in self.CONTEXT for answer in answers.values())
