@@ -128,6 +128,35 @@ def test_multiple_choice_takes_a_row_for_each_choice():
     torch.testing.assert_close(together.logits, torch.cat(alone, dim=1))
 
 
+@pytest.mark.parametrize("name", TASK_MODELS)
+@pytest.mark.parametrize("length", [40, SPARSE])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "autocast"])
+def test_low_precision(name, length, dtype):
+    model = make_model(name, is_decoder=name == "BigBirdForCausalLM").train()
+    inputs = random_inputs(name, 2, length)
+    exact = model(**inputs).loss.item()
+    if dtype == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**inputs).loss
+    else:
+        loss = model.to(dtype)(**inputs).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(exact, rel=0.05)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), key
+
+
+def test_losses_leave_the_configuration_alone():
+    """transformers' own model decides on the kind of its problem with its first labels, for ever."""
+    model = make_model("BigBirdForSequenceClassification", num_labels=3)
+    ids = random_ids(2, 40)
+    one = model(ids, labels=torch.tensor([0, 2])).loss
+    several = model(ids, labels=torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])).loss
+    assert model.config.problem_type is None
+    assert one.item() == model(ids, labels=torch.tensor([0, 2])).loss.item()
+    assert several.isfinite()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
