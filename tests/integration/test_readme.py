@@ -13,8 +13,22 @@ from bigbird_plus.cli import app
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def test_python(checkpoint, add_to_hub_cache):
-    add_to_hub_cache("google/bigbird-roberta-base", checkpoint)
+def write_bert(folder) -> Path:
+    """A small BERT, as the Hub has it."""
+    config = transformers.BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "plants", "create", "light", "they", "need", "."]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "model_max_length": 512}')
+    return folder
+
+
+def test_python(checkpoint, add_to_hub_cache, tmp_path, monkeypatch):
+    for name in ("google/bigbird-roberta-base", "google/bigbird-base-trivia-itc"):
+        add_to_hub_cache(name, checkpoint)
+    add_to_hub_cache("google-bert/bert-base-uncased", write_bert(tmp_path / "bert"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("Ruth lit the lamp. " * 2000, encoding="utf-8")
     variables = {}
     exec("\n".join(re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)), variables)
     assert type(variables["fill"].model) is bigbird_plus.BigBirdForMaskedLM
@@ -22,6 +36,8 @@ def test_python(checkpoint, add_to_hub_cache):
     assert type(variables["model"]) is bigbird_plus.BigBirdModel
     assert variables["model"].config._attn_implementation == "sdpa"
     assert variables["context"].shape == (1, 12, 4000, 64)
+    assert type(variables["fill_long"].model) is bigbird_plus.BigBirdForMaskedLM
+    assert [one.keys() for one in variables["found"]] == [{"score", "start", "end", "answer"}] * 2
     assert type(transformers.AutoConfig.for_model("big_bird")) is bigbird_plus.BigBirdConfig  # registered again
 
 
