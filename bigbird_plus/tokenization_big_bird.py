@@ -129,7 +129,7 @@ class BigBirdTokenizerMixin:
             raise
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # Normalized, a token would have to be preceded by a space, as the normalizer puts one before every text.
+        # Searched for in normalized text, a token would leave spaces at the ends of its neighbours.
         special = {"special": True} if special_tokens else {}
         return super()._add_tokens([raw_text_token(token, **special) for token in new_tokens], special_tokens)
 
@@ -238,6 +238,7 @@ class BigBirdTokenizer(BigBirdTokenizerMixin, PreTrainedTokenizer):
 
     def _use(self, processor: SentencePieceProcessor) -> None:
         self.sp_model = processor
+        self._unk_id = processor.unk_id()
         self._ids = {piece: index for index, piece in enumerate(processor.id_to_piece(list(range(len(processor)))))}
 
     def __getstate__(self):
@@ -262,7 +263,7 @@ class BigBirdTokenizer(BigBirdTokenizerMixin, PreTrainedTokenizer):
         return self.sp_model.encode(text.encode(), out_type=str)  # as bytes: a lone surrogate gets a clear error
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self._ids.get(token, self.sp_model.unk_id())
+        return self._ids.get(token, self._unk_id)
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.sp_model.id_to_piece(index)

@@ -34,32 +34,33 @@ TypedPiece = tuple[str, float, int]  # text, score, one of Piece's types
 
 
 def whitespace_normalizer(charsmap: bytes) -> normalizers.Normalizer:
-    """SentencePiece's normalizer, but for the step from spaces to `▁`, which the pre-tokenizer takes.
+    """SentencePiece's normalizer, without its last step, from spaces to `▁`, which is the pre-tokenizer's.
 
-    A model's character map comes first (BigBird's has none). Then of several spaces one stays, spaces at the start and
-    spaces and `▁` at the end go, and what is left gets a `▁` in front. Only U+0020 is a space here.
+    A model's character map comes first (BigBird's has none). Then of several spaces one stays, and spaces at the start
+    and spaces and `▁` at the end go. Only U+0020 is a space here.
     """
     steps = [
         normalizers.Replace(Regex(" {2,}"), " "),
         normalizers.Replace(Regex(rf"(?<!{SPACE})(?<!{SPACE} ){SPACE}[ {SPACE}]*+\z"), ""),  # tried once a run: linear
         normalizers.Replace(Regex(r"\A "), ""),
         normalizers.Replace(Regex(r" \z"), ""),
-        normalizers.Prepend(SPACE),
+        normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2),  # or the pre-tokenizer would add none in front
     ]
     return normalizers.Sequence([normalizers.Precompiled(charsmap), *steps] if charsmap else steps)
 
 
 def word_splitter(pieces: Iterable[str]) -> pre_tokenizers.PreTokenizer:
-    """Splits before every `▁`, except where one of `pieces` may go across (three of BigBird's do, such as `▁Âł▁Âł`).
+    """Writes spaces as `▁`, puts one in front, and splits before every `▁` but where one of `pieces` may go across.
 
-    So the best segmentation of a text is that of its words, one by one.
+    So the best segmentation of a text is that of its words, one by one. (Three of BigBird's pieces go across, such as
+    `▁Âł▁Âł`.)
     """
     inside = {piece[at - 1 : at + 2] for piece in pieces for at in range(1, len(piece)) if piece[at] == SPACE}
     around = ((re.escape(context[0]), re.escape(context[2:])) for context in sorted(inside))
     exceptions = "".join(rf"(?!(?<={before}{SPACE}){after})" for before, after in around)
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False),  # ' ' to '▁'
+            pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=False),
             pre_tokenizers.Split(Regex(SPACE + exceptions), "merged_with_next"),
         ]
     )
@@ -243,6 +244,7 @@ class BigBirdTokenizerFast(BigBirdTokenizerMixin, PreTrainedTokenizerFast):
 
     def update_post_processor(self) -> None:
         """Make the backend add `[CLS]` and `[SEP]`. (transformers 5 calls this; its own version adds bos and eos.)"""
+        self._add_bos_token = self._add_eos_token = False
         cls, sep = self.cls_token, self.sep_token
         single = [f"{cls}:0", "$A:0", f"{sep}:0"]
         self._tokenizer.post_processor = processors.TemplateProcessing(
