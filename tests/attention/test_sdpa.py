@@ -175,3 +175,25 @@ def test_the_value_can_need_no_gradient():
     sdpa.block_sparse_attention(query, key, value, settings["pattern"], None, scaling=0.3).sum().backward()
     assert query.grad.isfinite().all()
     assert value.grad is None
+
+
+def test_deterministic_algorithms_are_enough():
+    case = torch.randn(3, 2, 4, 120, 16, requires_grad=True)
+    pattern = Sparsity(num_attention_heads=4, block_size=8).pattern(15, training=True)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            context = sdpa.block_sparse_attention(*case, pattern, None, scaling=0.25)
+            results.append((context, torch.autograd.grad(context.sin().sum(), case)[0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_second_derivatives_are_refused():
+    case = torch.randn(3, 1, 1, 120, 8, requires_grad=True)
+    context = sdpa.block_sparse_attention(*case, Sparsity(1, 8).pattern(15), None, scaling=0.25)
+    (grad,) = torch.autograd.grad(context.sin().sum(), case, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
