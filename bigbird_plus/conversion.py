@@ -132,7 +132,7 @@ def convert_checkpoint(source, target, max_position_embeddings=4096, *, architec
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target must be a new or an empty folder, but {target} is not empty.")
-    checkpoint = find_checkpoint(source)
+    checkpoint = None if Path(source, "config.json").is_file() else find_checkpoint(source)
     origin = _from_google(checkpoint, architecture) if checkpoint else _from_transformers(source, architecture)
     determined = sorted(fields.keys() & origin.fields.keys())
     if determined:

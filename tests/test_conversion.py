@@ -308,6 +308,13 @@ def test_no_tokenizer_is_made_up(tmp_path):
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_folder_that_has_a_tensorflow_checkpoint_beside(tmp_path):
+    source = make_source(tmp_path / "source", "Bert", "ForMaskedLM")
+    write_checkpoint(tmp_path / "source" / "bert_model.ckpt", {"x": np.zeros(1)})
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert_same_outputs(model, source, make_inputs(source, 150))
+
+
 def test_names_of_the_hub(tmp_path, add_to_hub_cache):
     source = make_source(tmp_path / "source", "Bert", "ForMaskedLM")
     write_vocabulary(tmp_path / "source", "Bert")
