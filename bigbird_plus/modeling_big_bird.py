@@ -10,7 +10,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
-from transformers.pytorch_utils import apply_chunking_to_forward, prune_linear_layer
+from transformers.pytorch_utils import prune_linear_layer
 
 from ._compat import cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
 from .attention import (
@@ -259,7 +259,11 @@ class BigBirdLayer(GradientCheckpointingLayer):
             hidden_states, cross_probabilities = self.crossattention(
                 hidden_states, encoder_hidden_states, encoder_mask, past_key_values, output_attentions
             )
-        hidden_states = apply_chunking_to_forward(self.feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
+        if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
+            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
+            hidden_states = torch.cat([self.feed_forward(chunk) for chunk in chunks], dim=1)
+        else:
+            hidden_states = self.feed_forward(hidden_states)
         return hidden_states, probabilities, cross_probabilities
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
