@@ -229,6 +229,7 @@ WRONG = [
     ("attention_probs_dropout_prob", -0.1),
     ("attention_probs_dropout_prob", None),
     ("classifier_dropout", 2),
+    ("classifier_activation", "gelu_old"),
     ("layer_norm_eps", -1e-12),
     ("initializer_range", -0.02),
     ("pad_token_id", 50358),
