@@ -68,9 +68,7 @@ def _fill_in_document(model, tokenizer) -> None:
     predictions = fill(text)
     seconds = time.perf_counter() - start
 
-    table = Table(
-        "text", "word left out", "predictions (probability)", title="The Book of Ruth, with words left out"
-    )
+    table = Table("text", "word left out", "predictions (probability)", title="The Book of Ruth, with words left out")
     for word, best in zip(words, predictions, strict=True):
         before = "..." + word.string[max(0, word.start() - 30) : word.start()]
         table.add_row(Text(before + tokenizer.mask_token), Text(word[0]), _in_one_line(best))

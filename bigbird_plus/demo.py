@@ -1,15 +1,9 @@
-"""What `bigbird-plus demo` shows: a small BigBird on disk, and a real document with words to fill in."""
+"""What `bigbird-plus demo` shows: a small trained BigBird, and a real document with words to fill in."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 
-import torch
-
 from .attention.pattern import Sparsity
-from .configuration_big_bird import BigBirdConfig
-from .modeling_heads import BigBirdForMaskedLM
 
 DATA = Path(__file__).parent / "data"
 
@@ -21,20 +15,6 @@ def demo_checkpoint() -> Path:
     how it was made and what it is worth.
     """
     return DATA / "demo"
-
-
-def write_untrained_checkpoint(folder: str | Path) -> None:
-    """Makes a small BigBird with random weights (the same ones every time) in the layout of the public repositories.
-
-    The folder then has `config.json`, `model.safetensors`, `spiece.model` and `tokenizer_config.json`.
-    """
-    config = BigBirdConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BigBirdForMaskedLM(config).save_pretrained(folder)
-    shutil.copyfile(DATA / "spiece.model", Path(folder, "spiece.model"))
-    settings = {"tokenizer_class": "BigBirdTokenizer", "model_max_length": config.max_position_embeddings}
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def document() -> str:

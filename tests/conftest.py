@@ -1,5 +1,6 @@
 """Tests run offline, in a Hub cache of their own, and each worker of pytest-xdist on one core."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,8 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from bigbird_plus.demo import write_untrained_checkpoint  # noqa: E402
+from bigbird_plus import BigBirdConfig, BigBirdForMaskedLM  # noqa: E402
+from bigbird_plus.demo import DATA  # noqa: E402
 
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("tests")
@@ -30,7 +33,13 @@ def pytest_unconfigure():
 def checkpoint(tmp_path_factory) -> Path:
     """A folder as the public repositories have it: a small BigBird with random weights, and the public vocabulary."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_untrained_checkpoint(folder)
+    config = BigBirdConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BigBirdForMaskedLM(config).save_pretrained(folder)
+    shutil.copyfile(DATA / "spiece.model", folder / "spiece.model")
+    settings = {"tokenizer_class": "BigBirdTokenizer", "model_max_length": config.max_position_embeddings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
