@@ -155,7 +155,7 @@ class BigBirdConfig(PretrainedConfig):
         check_attention_type(self.attention_type)
         whole_numbers = {
             "vocab_size": 1,
-            "hidden_size": 1,
+            "hidden_size": 0,  # none yet; a model wants one
             "num_hidden_layers": 0,
             "num_attention_heads": 1,
             "intermediate_size": 1,

@@ -286,13 +286,14 @@ class BigBirdEncoder(nn.Module):
         head_masks,
         *others,
         length,
+        kept,
         past_key_values,
         output_attentions,
         output_hidden_states,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """All layers on `[batch, padded length, hidden_size]`, or on a packed batch; what comes out is `[batch,
-        length, hidden_size]`."""
-        restore = mask.unpack if isinstance(mask, PackedInput) else partial(_cut, length=length, dim=1)
+        length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False."""
+        restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
         attentions, cross_attentions = (), ()
         all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
@@ -312,6 +313,11 @@ class BigBirdEncoder(nn.Module):
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions or None,
         )
+
+
+def _restore(hidden_states: Tensor, length: int, kept: Tensor | None) -> Tensor:
+    hidden_states = _cut(hidden_states, length, 1)
+    return hidden_states if kept is None else hidden_states.masked_fill(~kept[..., None], 0)
 
 
 def _cut(tensor: Tensor, length: int, dim: int) -> Tensor:
@@ -339,6 +345,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         config.check_fields()
+        check_whole_number("hidden_size", config.hidden_size, 1)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -481,8 +488,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             use_cache: whether a decoder fills and returns a cache; `config.use_cache` by default.
             output_attentions, output_hidden_states, return_dict: as in all models of transformers.
             cache_position: `int64`, `[length]`: places of the tokens in the cache.
-            computes_padding: whether the states of padding shall be computed, too. They are zero otherwise where
-                leaving them out saves time.
+            computes_padding: whether the states of padding shall be computed, too. Otherwise they are zero, but in
+                decoders and in eager attention, and but for those of first places that `pooler_output` is made of.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
@@ -504,7 +511,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         past = tokens_in_cache(past_key_values, cache_position)
         if cache_position is None:
             cache_position = torch.arange(length, device=device) + past
-        packed = None if computes_padding else self._pack(attention_mask, batch, length, past_key_values)
+        kept = None if computes_padding else self._kept_states(attention_mask, batch, length, past_key_values)
+        packed = self._pack(kept, attention_mask, length, past_key_values)
         self._check_length(past, length, position_ids, packed)
         positions = cache_position[None] if position_ids is None else position_ids
         if packed is not None:
@@ -525,6 +533,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             self._cross_attention_mask(encoder_attention_mask, encoder_hidden_states, hidden_states),
             cache_position,
             length=length,
+            kept=kept,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -573,22 +582,33 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         return past_key_values
 
-    def _pack(self, attention_mask, batch, length, cache) -> PackedInput | None:
-        """The batch without its padding, where that saves anything, or is to change how documents are read."""
+    def _kept_states(self, attention_mask, batch, length, cache) -> Tensor | None:
+        """`bool`, `[batch, length]`: whose states are returned; None for all. Those are the real tokens, and the first
+        place of a document even if it is padding, if it is to tell something of the document."""
         config = self.config
-        packs = config.pattern_per_document or config._attn_implementation != "eager"
-        if not packs or config.is_decoder or cache is not None or masks.is_tracing():
+        keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
+        if keeps_all or config.is_decoder or cache is not None:
             return None
         if attention_mask is None or attention_mask.dim() != 2:
             return None
-        mask = masks.padding_mask(attention_mask, batch, length)
-        if mask is None:
+        real = masks.padding_mask(attention_mask, batch, length)
+        if real is None or config.pattern_per_document or self.pooler is None or self.pooler.is_frozen:
+            return real
+        is_first = torch.arange(length, device=real.device) == 0
+        return real | (is_first & real.any(-1, keepdim=True))
+
+    def _pack(self, kept, attention_mask, length, cache) -> PackedInput | None:
+        """The batch without its padding, where that saves anything, or is to change how documents are read."""
+        if kept is None or masks.is_tracing():
+            return None
+        real = attention_mask != 0
+        if (kept & ~real).any():
             return None
         return pack_documents(
-            Sparsity.from_config(config),
-            mask,
+            Sparsity.from_config(self.config),
+            real,
             reads_sparsely=self._reads_sparsely(length, cache),
-            per_document=config.pattern_per_document,
+            per_document=self.config.pattern_per_document,
         )
 
     def _check_length(self, past, length, position_ids, packed):

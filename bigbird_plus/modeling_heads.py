@@ -72,6 +72,22 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
 
 
+def counts_padding(labels: Tensor | None, attention_mask: Tensor | None, config) -> bool:
+    """Whether labels of tokens ask for padding, the states of which have to be computed then. (Not where documents are
+    read as they are alone: padding is no part of them.)"""
+    if labels is None or attention_mask is None or labels.shape != attention_mask.shape or config.pattern_per_document:
+        return False
+    return masks.is_tracing() or bool(((labels != IGNORED_LABEL) & (attention_mask == 0)).any())
+
+
+def starts_with_padding(attention_mask: Tensor | None, config) -> bool:
+    """Whether some document is told from a first place that is padding. (Not where documents are read as they are
+    alone: the first real token is first then.)"""
+    if attention_mask is None or attention_mask.dim() != 2 or config.pattern_per_document:
+        return False
+    return masks.is_tracing() or bool((attention_mask[:, 0] == 0).any())
+
+
 def classifier_dropout(config) -> nn.Dropout:
     """The dropout of classification heads."""
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
@@ -241,6 +257,7 @@ class BigBirdForPreTraining(_LanguageModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
         loss = None
@@ -304,6 +321,7 @@ class BigBirdForMaskedLM(_LanguageModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         hidden_states = outputs.last_hidden_state
         if labels is not None and self.config.sparse_prediction and not masks.is_tracing():
@@ -384,6 +402,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             cache_position=cache_position,
+            computes_padding=labels is not None,  # in an encoder, which it is not to be, padding has labels
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.cls(outputs.last_hidden_state[:, kept])
@@ -467,6 +486,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            computes_padding=starts_with_padding(attention_mask, self.config),
         )
         logits = self.classifier(first_states(outputs.last_hidden_state, attention_mask, self.config))
         output = SequenceClassifierOutput(
@@ -591,6 +611,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         output = TokenClassifierOutput(

@@ -214,7 +214,7 @@ WRONG = [
     ("num_sliding_window_blocks", 0),
     ("num_global_blocks", -2),
     ("num_global_blocks", 1.5),
-    ("hidden_size", 0),
+    ("hidden_size", -1),
     ("hidden_size", "768"),
     ("num_attention_heads", 0),
     ("num_hidden_layers", -1),

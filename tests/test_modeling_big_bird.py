@@ -110,6 +110,28 @@ def test_hidden_states_and_attentions(implementation, attention_type, length, tr
             assert (sums[~real] == 0).all()
 
 
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+@pytest.mark.parametrize("where", ["right", "inside", "left"])
+@pytest.mark.parametrize("idle_pooler", [False, True])
+def test_states_of_padding_are_zero(attention_type, where, idle_pooler):
+    """Whether or not the batch is packed (with padding inside documents there is nothing to gain from it), but for the
+    place that the pooling layer looks at."""
+    model = make_model(attention_type=attention_type)
+    if idle_pooler:
+        model.pooler.freeze()
+    mask = torch.ones(2, SPARSE, dtype=torch.bool)
+    mask[1, {"right": slice(50, None), "inside": slice(60, 64), "left": slice(None, 50)}[where]] = False
+    with torch.no_grad():
+        output = model(random_ids(2, SPARSE), attention_mask=mask, output_hidden_states=True)
+        everything = model(random_ids(2, SPARSE), attention_mask=mask, computes_padding=True)
+    for states in output.hidden_states:
+        assert (states[:, 1:][~mask[:, 1:]] == 0).all()
+        assert (states[1, 0] == 0).all() == (idle_pooler and where == "left")
+    assert (everything.last_hidden_state != 0).all()
+    states = [states.last_hidden_state[mask] for states in (output, everything)]
+    torch.testing.assert_close(*states, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attentions_are_those_that_were_used(implementation):
     model = make_model(attn_implementation=implementation)
@@ -251,6 +273,13 @@ def test_masks_of_pairs_for_another_number_of_heads():
 def test_head_mask_of_a_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"head_mask.*\[4\].*\[2, 4\]"):
         make_model()(random_ids(1, FULL), head_mask=torch.ones(shape))
+
+
+def test_no_width():
+    """A configuration may leave it open, a model may not."""
+    config = BigBirdConfig(hidden_size=0)
+    with pytest.raises(ValueError, match=r"hidden_size.*0"):
+        BigBirdModel(config)
 
 
 def test_heads_that_do_not_divide_the_hidden_size():

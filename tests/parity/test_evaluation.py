@@ -53,6 +53,25 @@ def test_padding_elsewhere(where, length):
     compare("BigBirdForMaskedLM", {**inputs, "attention_mask": mask})
 
 
+@pytest.mark.parametrize("name", ["BigBirdModel", "BigBirdForSequenceClassification", "BigBirdForMultipleChoice"])
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+def test_what_is_told_of_a_document_is_told_from_its_first_place(name, attention_type):
+    """Padding or not: with padding on the left it is padding."""
+    inputs = random_inputs(name, 3, 131)
+    inputs |= {key: inputs[key].flip(-1) for key in ("input_ids", "attention_mask")}
+    compare(name, inputs, attention_type=attention_type)
+
+
+@pytest.mark.parametrize(
+    "name", ["BigBirdForPreTraining", "BigBirdForMaskedLM", "BigBirdForCausalLM", "BigBirdForTokenClassification"]
+)
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+def test_labels_of_padding_count(name, attention_type):
+    inputs = random_inputs(name, 3, 131)
+    inputs["labels"] = inputs["labels"].clamp(min=0)
+    compare(name, inputs, attention_type=attention_type)
+
+
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.int32])
 def test_masks_of_any_dtype(mask_dtype):
     inputs = random_inputs("BigBirdModel", 2, 100)
