@@ -23,7 +23,22 @@ def test_generate(tmp_path, capsys):
         ]
     )
     assert "8 tokens" in capsys.readouterr().out
-    example.main(["--model", str(tmp_path), "--steps", "0", "--prompt", "And it came to pass", "--cpu", "--max-new-tokens", "5", "--temperature", "0.7", "--static-cache"])  # fmt: skip
+    example.main(
+        [
+            "--model",
+            str(tmp_path),
+            "--steps",
+            "0",
+            "--prompt",
+            "And it came to pass",
+            "--cpu",
+            "--max-new-tokens",
+            "5",
+            "--temperature",
+            "0.7",
+            "--static-cache",
+        ]
+    )
     assert "5 tokens" in capsys.readouterr().out
 
 
