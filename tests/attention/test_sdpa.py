@@ -84,7 +84,9 @@ def check_against_definition(case, dtype, *, merges):
         engine = run(sdpa.block_sparse_attention, tensors, dtype, case["pattern"], mask, weight)
     for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
         size = a.abs().max().clamp(min=1)
-        allowed = 4 * (b - a).abs().max() + (4 * torch.finfo(dtype).eps + 1e-13) * size
+        # float32 scores, weights and sums are each rounded, where a reduced dtype rounds the result alone
+            roundings = 16 if dtype in (torch.float32, torch.float64) else 4
+            allowed = 4 * (b - a).abs().max() + (roundings * torch.finfo(dtype).eps + 1e-13) * size
         assert (c - a).abs().max() <= allowed, name
 
 
