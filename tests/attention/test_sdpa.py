@@ -85,8 +85,8 @@ def check_against_definition(case, dtype, *, merges):
     for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
         size = a.abs().max().clamp(min=1)
         # float32 scores, weights and sums are each rounded, where a reduced dtype rounds the result alone
-            roundings = 16 if dtype in (torch.float32, torch.float64) else 4
-            allowed = 4 * (b - a).abs().max() + (roundings * torch.finfo(dtype).eps + 1e-13) * size
+        roundings = 16 if dtype in (torch.float32, torch.float64) else 4
+        allowed = 4 * (b - a).abs().max() + (roundings * torch.finfo(dtype).eps + 1e-13) * size
         assert (c - a).abs().max() <= allowed, name
 
 
