@@ -48,7 +48,16 @@ class BigBirdConfig(PretrainedConfig):
             transformers' own BigBird does.
         num_sliding_window_blocks (`int`, defaults to 3): width of the window in blocks, itself included; odd.
         num_global_blocks (`int`, defaults to 2): blocks that read everything and are read by all. The first half of
-            them (rounded up) stands at the beginning of the input, the others at its end.
+            them (rounded up) stands at the beginning of the input, the others at its end; these are lost behind right
+            padding, unless `pattern_per_document` is set.
+        global_block_indices (`list[int]`, *optional*): which blocks are global, instead of a number of them. Negative
+            indices count from the end; what is out of range is ignored. Encoders only.
+        num_extra_global_tokens (`int`, defaults to 0): learned tokens besides those of the input that read everything
+            and are read by all, in every layer (ETC, arXiv 2004.08483). They have no positions and are no part of what
+            models return. Encoders only.
+        different_layout_per_head (`bool`, defaults to `True`): whether each head draws random blocks of its own.
+        global_question_tokens (`bool`, defaults to `False`): whether question answering makes the tokens of the
+            question global, as `global_attention_mask` does. Encoders only.
         pattern_per_document (`bool`, defaults to `False`): give each document of a padded batch, left or right, the
             outputs that it has alone: blocks, pattern and default positions are counted over its own tokens. By
             default they follow the tensor, padding included, as in transformers' own BigBird. Encoders only; has no
@@ -99,6 +108,10 @@ class BigBirdConfig(PretrainedConfig):
         eval_random_blocks=False,
         num_sliding_window_blocks=3,
         num_global_blocks=2,
+        global_block_indices=None,
+        num_extra_global_tokens=0,
+        different_layout_per_head=True,
+        global_question_tokens=False,
         pattern_per_document=False,
         sparse_prediction=False,
         random_plan_positions=None,
@@ -130,6 +143,10 @@ class BigBirdConfig(PretrainedConfig):
         self.eval_random_blocks = eval_random_blocks
         self.num_sliding_window_blocks = num_sliding_window_blocks
         self.num_global_blocks = num_global_blocks
+        self.global_block_indices = global_block_indices
+        self.num_extra_global_tokens = num_extra_global_tokens
+        self.different_layout_per_head = different_layout_per_head
+        self.global_question_tokens = global_question_tokens
         self.pattern_per_document = pattern_per_document
         self.sparse_prediction = sparse_prediction
         self.random_plan_positions = random_plan_positions
@@ -161,12 +178,15 @@ class BigBirdConfig(PretrainedConfig):
             "intermediate_size": 1,
             "max_position_embeddings": 1,
             "type_vocab_size": 1,
+            "num_extra_global_tokens": 0,
         }
         for field, least in whole_numbers.items():
             check_whole_number(field, getattr(self, field), least)
         if self.random_plan_positions is not None:
             check_whole_number("random_plan_positions", self.random_plan_positions, 1)
         Sparsity.from_config(self)
+        if self.is_decoder:
+            self._check_decoder()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -183,6 +203,15 @@ class BigBirdConfig(PretrainedConfig):
         check_activation("hidden_act", self.hidden_act)
         if self.classifier_activation is not None:
             check_activation("classifier_activation", self.classifier_activation)
+
+    def _check_decoder(self):
+        """Raises a `ValueError` for what lets a token read later ones."""
+        for field in ("global_block_indices", "num_extra_global_tokens", "global_question_tokens"):
+            if getattr(self, field) not in (None, 0, False):
+                raise ValueError(
+                    f"{field} ({getattr(self, field)!r}) is for encoders: tokens that read everything would read the "
+                    "future. Leave it out, or set is_decoder=False."
+                )
 
     def __init_subclass__(cls, **kwargs):
         # transformers 5 makes a dataclass of every subclass, with a generated __init__ and an __eq__ that compares

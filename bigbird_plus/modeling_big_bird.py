@@ -74,6 +74,8 @@ class BigBirdEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.scale = config.hidden_size**0.5 if config.rescale_embeddings else 1.0
+        if config.num_extra_global_tokens:
+            self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, config.hidden_size)
 
     def forward(self, input_ids, token_type_ids, position_ids, inputs_embeds) -> Tensor:
         """`[batch, length, hidden_size]`, from ids of `[batch, length]`; `inputs_embeds` stands for `input_ids`."""
@@ -84,6 +86,15 @@ class BigBirdEmbeddings(nn.Module):
             token_type_ids = torch.zeros_like(position_ids)
         embeddings = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
         return self.LayerNorm(self.dropout(embeddings))
+
+    def append_extra_tokens(self, hidden_states: Tensor, documents: int) -> Tensor:
+        """`hidden_states`, `[batch, length, hidden_size]`, and behind them the extra global tokens, if there are any:
+        those of each document."""
+        if not hasattr(self, "extra_global_tokens"):
+            return hidden_states
+        tokens = self.extra_global_tokens.weight.expand(documents, -1, -1)
+        tokens = self.LayerNorm(self.dropout(tokens)).reshape(len(hidden_states), -1, tokens.shape[-1])
+        return torch.cat((hidden_states, tokens), dim=1)
 
 
 class BigBirdSelfAttention(nn.Module):
@@ -131,7 +142,8 @@ class BigBirdSelfAttention(nn.Module):
         elif isinstance(mask, SparseInput):
             pattern = mask.sparsity.pattern(mask.num_blocks, layer_idx=self.layer_idx, training=self.training)
             pattern = pattern.for_heads(self.heads)
-            context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, **how)
+            tokens = mask.global_tokens
+            context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, tokens, **how)
         elif isinstance(mask, CausalInput):
             pattern = mask.sparsity.causal_pattern(mask.num_blocks, layer_idx=self.layer_idx).for_heads(self.heads)
             context, probabilities = attend_causally(query, key, value, pattern, mask, **how)
@@ -277,6 +289,7 @@ class BigBirdEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layer = nn.ModuleList(BigBirdLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.num_extra = config.num_extra_global_tokens
         self.gradient_checkpointing = False
 
     def forward(
@@ -291,8 +304,8 @@ class BigBirdEncoder(nn.Module):
         output_attentions,
         output_hidden_states,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """All layers on `[batch, padded length, hidden_size]`, or on a packed batch; what comes out is `[batch,
-        length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False."""
+        """All layers on `[batch, padded length and extra tokens, hidden_size]`, or on a packed batch; what comes out
+        is `[batch, length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False."""
         restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
         attentions, cross_attentions = (), ()
         all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
@@ -303,8 +316,7 @@ class BigBirdEncoder(nn.Module):
             if output_hidden_states:
                 all_hidden_states += (restore(hidden_states),)
             if output_attentions:
-                is_sparse = isinstance(mask, SparseInput)
-                attentions += (_cut(_cut(attention, length, 2), length, 3) if is_sparse else attention,)
+                attentions += (self._of_tokens(attention, mask, length),)
                 cross_attentions += () if cross_attention is None else (cross_attention,)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=restore(hidden_states),
@@ -313,6 +325,14 @@ class BigBirdEncoder(nn.Module):
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions or None,
         )
+
+    def _of_tokens(self, probabilities, mask, length):
+        """Probabilities without the rows and columns of what is no token of the input."""
+        if isinstance(mask, SparseInput):
+            return _cut(_cut(probabilities, length, 2), length, 3)
+        if isinstance(mask, PackedInput) or not self.num_extra:
+            return probabilities
+        return probabilities[:, :, :length, : -self.num_extra]
 
 
 def _restore(hidden_states: Tensor, length: int, kept: Tensor | None) -> Tensor:
@@ -468,6 +488,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         computes_padding: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
@@ -488,12 +509,14 @@ class BigBirdModel(BigBirdPreTrainedModel):
             use_cache: whether a decoder fills and returns a cache; `config.use_cache` by default.
             output_attentions, output_hidden_states, return_dict: as in all models of transformers.
             cache_position: `int64`, `[length]`: places of the tokens in the cache.
+            global_attention_mask: `[batch, length]`, 1 for tokens that read everything and are read by all, besides
+                what the pattern says; 0 for others. Without effect where attention is full. Encoders only.
             computes_padding: whether the states of padding shall be computed, too. Otherwise they are zero, but in
                 decoders and in eager attention, and but for those of first places that `pooler_output` is made of.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
-                positions, or if a mask does not fit the input.
+                positions, or if a mask does not fit the input or the model.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -511,8 +534,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
         past = tokens_in_cache(past_key_values, cache_position)
         if cache_position is None:
             cache_position = torch.arange(length, device=device) + past
+        chosen = self._chosen_tokens(global_attention_mask, batch, length)
         kept = None if computes_padding else self._kept_states(attention_mask, batch, length, past_key_values)
-        packed = self._pack(kept, attention_mask, length, past_key_values)
+        packed = self._pack(kept, attention_mask, chosen, length, past_key_values)
         self._check_length(past, length, position_ids, packed)
         positions = cache_position[None] if position_ids is None else position_ids
         if packed is not None:
@@ -522,9 +546,13 @@ class BigBirdModel(BigBirdPreTrainedModel):
         hidden_states = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
         mask = packed
         if packed is None:
-            mask = self._mask(attention_mask, position_ids, hidden_states, cache_position, past, past_key_values)
+            mask = self._mask(
+                attention_mask, chosen, position_ids, hidden_states, cache_position, past, past_key_values
+            )
         if isinstance(mask, SparseInput):
             hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
+        documents = batch if packed is None else len(packed.spans)
+        hidden_states = self.embeddings.append_extra_tokens(hidden_states, documents)
         outputs = self.encoder(
             hidden_states,
             mask,
@@ -557,7 +585,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         knows_how = self.config.is_decoder or past_key_values is None
         return knows_how and self.attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
-    def _mask(self, attention_mask, position_ids, hidden_states, cache_position, past, cache):
+    def _mask(self, attention_mask, chosen, position_ids, hidden_states, cache_position, past, cache):
         """What self-attention has to know of an input that is not packed."""
         batch, length = hidden_states.shape[:2]
         keys = length if cache is None else cached_key_length(cache, length, cache_position)
@@ -567,7 +595,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             return self._full_mask(attention_mask, document_positions, hidden_states, cache_position, past, keys)
         if self.config.is_decoder:
             return self._causal_input(attention_mask, document_positions, batch, cache_position, past, keys)
-        return self._sparse_input(attention_mask, batch, length, hidden_states.device)
+        return self._sparse_input(attention_mask, chosen, batch, length, hidden_states.device)
 
     def _prepare_cache(self, past_key_values, use_cache):
         """The cache to use, a new one where a decoder shall return one; None for none."""
@@ -597,7 +625,15 @@ class BigBirdModel(BigBirdPreTrainedModel):
         is_first = torch.arange(length, device=real.device) == 0
         return real | (is_first & real.any(-1, keepdim=True))
 
-    def _pack(self, kept, attention_mask, length, cache) -> PackedInput | None:
+    def _chosen_tokens(self, global_attention_mask, batch, length) -> Tensor | None:
+        if global_attention_mask is not None and self.config.is_decoder:
+            raise ValueError(
+                "global_attention_mask is for encoders: in a decoder (is_decoder=True) a token that is read by all "
+                "would be read by earlier ones. Leave it out."
+            )
+        return masks.global_mask(global_attention_mask, batch, length)
+
+    def _pack(self, kept, attention_mask, chosen, length, cache) -> PackedInput | None:
         """The batch without its padding, where that saves anything, or is to change how documents are read."""
         if kept is None or masks.is_tracing():
             return None
@@ -609,6 +645,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             real,
             reads_sparsely=self._reads_sparsely(length, cache),
             per_document=self.config.pattern_per_document,
+            chosen=chosen,
+            num_extra=self.config.num_extra_global_tokens,
         )
 
     def _check_length(self, past, length, position_ids, packed):
@@ -621,14 +659,15 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 f"(truncation=True in the tokenizer), or use a model with more positions."
             )
 
-    def _sparse_input(self, attention_mask, batch, length, device) -> SparseInput:
+    def _sparse_input(self, attention_mask, chosen, batch, length, device) -> SparseInput:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask has the shape {list(attention_mask.shape)}, but block-sparse attention takes "
                 f"[batch, length]. Masks of more dimensions need attention_type='original_full'."
             )
         mask = masks.padding_mask(attention_mask, batch, length)
-        return make_sparse_input(Sparsity.from_config(self.config), mask, batch, length, device)
+        sparsity, num_extra = Sparsity.from_config(self.config), self.config.num_extra_global_tokens
+        return make_sparse_input(sparsity, mask, batch, length, device, chosen=chosen, num_extra=num_extra)
 
     def _causal_input(self, attention_mask, document_positions, batch, cache_position, past, keys) -> CausalInput:
         is_known = document_positions is not None and not torch.compiler.is_compiling()
@@ -647,6 +686,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
         batch = hidden_states.shape[0]
         if document_positions is not None:
             attention_mask = masks.same_document_mask(document_positions.expand(batch, -1))
+        num_extra = self.config.num_extra_global_tokens
+        if num_extra:
+            attention_mask = masks.with_extra_tokens(attention_mask, num_extra)
+            cache_position = torch.arange(len(cache_position) + num_extra, device=cache_position.device)
+            keys += num_extra
         return masks.full_attention_mask(
             attention_mask,
             batch=batch,

@@ -239,6 +239,7 @@ class BigBirdForPreTraining(_LanguageModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        global_attention_mask: Tensor | None = None,
     ) -> BigBirdForPreTrainingOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -257,6 +258,7 @@ class BigBirdForPreTraining(_LanguageModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
@@ -300,6 +302,7 @@ class BigBirdForMaskedLM(_LanguageModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values=None,
+        global_attention_mask: Tensor | None = None,
     ) -> MaskedLMOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -321,6 +324,7 @@ class BigBirdForMaskedLM(_LanguageModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         hidden_states = outputs.last_hidden_state
@@ -377,6 +381,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        global_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
@@ -401,6 +406,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=global_attention_mask,
             cache_position=cache_position,
             computes_padding=labels is not None,  # in an encoder, which it is not to be, padding has labels
         )
@@ -467,6 +473,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values=None,
+        global_attention_mask: Tensor | None = None,
     ) -> SequenceClassifierOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -486,6 +493,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=global_attention_mask,
             computes_padding=starts_with_padding(attention_mask, self.config),
         )
         logits = self.classifier(first_states(outputs.last_hidden_state, attention_mask, self.config))
@@ -536,6 +544,7 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        global_attention_mask: Tensor | None = None,
     ) -> MultipleChoiceModelOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, with a dimension more: `[batch, num_choices, length]`, and:
 
@@ -553,6 +562,7 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=_without_choices(global_attention_mask),
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).unflatten(0, (-1, num_choices)).squeeze(-1)
         output = MultipleChoiceModelOutput(
@@ -594,6 +604,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values=None,
+        global_attention_mask: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -611,6 +622,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
@@ -675,6 +687,7 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values=None,
+        global_attention_mask: Tensor | None = None,
     ) -> BigBirdForQuestionAnsweringModelOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -689,6 +702,9 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
         in_question = self._question_mask(input_ids, question_lengths, length)
         if token_type_ids is None and in_question is not None and self.config.type_vocab_size > 1:
             token_type_ids = (~in_question).long()
+        if self.config.global_question_tokens and in_question is not None:
+            chosen = in_question if global_attention_mask is None else in_question | (global_attention_mask != 0)
+            global_attention_mask = chosen.long()
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -700,6 +716,7 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            global_attention_mask=global_attention_mask,
             # the loss is of all places of the tensor, padding included, unless documents are read as they are alone
             computes_padding=start_positions is not None and not self.config.pattern_per_document,
         )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import eager, flex, sdpa
-from .masks import additive_mask, is_tracing, key_mask_bias, padding_mask
+from .global_tokens import GlobalTokens, find_global_tokens
+from .masks import additive_mask, global_mask, is_tracing, key_mask_bias, padding_mask
 from .packing import PackedInput
 from .pattern import BlockPattern, Sparsity
 
@@ -21,12 +22,14 @@ class SparseInput(NamedTuple):
 
     sparsity: the settings of the pattern.
     num_blocks: blocks of the input, padded to a multiple of the block size.
-    key_mask: `bool`, `[batch, padded length]`, False for padding; None where there is none.
+    key_mask: `bool`, `[batch, padded length and extra tokens]`, False for padding; None where there is none.
+    global_tokens: single tokens that read everything and are read by all; None for none.
     """
 
     sparsity: Sparsity
     num_blocks: int
     key_mask: Tensor | None
+    global_tokens: GlobalTokens | None
 
 
 def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
@@ -38,12 +41,28 @@ def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
     return nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim % tensor.dim()) + [0, missing])
 
 
-def make_sparse_input(sparsity: Sparsity, mask: Tensor | None, batch: int, length: int, device) -> SparseInput:
-    """Of `[batch, length]` tokens of which `mask` (`bool`, or None for all) are real."""
-    num_blocks = -(-length // sparsity.block_size)
-    if mask is None and (is_tracing() or length % sparsity.block_size):
+def make_sparse_input(
+    sparsity: Sparsity,
+    mask: Tensor | None,
+    batch: int,
+    length: int,
+    device,
+    *,
+    chosen: Tensor | None = None,
+    num_extra: int = 0,
+) -> SparseInput:
+    """Of `[batch, length]` tokens of which `mask` (`bool`, or None for all) are real and `chosen` (`bool`, or None for
+    none) global, with so many extra global tokens behind their last block."""
+    block_size = sparsity.block_size
+    num_blocks = -(-length // block_size)
+    if mask is None and (is_tracing() or length % block_size):
         mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return SparseInput(sparsity, num_blocks, None if mask is None else pad_to_blocks(mask, sparsity.block_size, 1))
+    if chosen is not None and mask is not None:
+        chosen = chosen & mask
+    global_tokens = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, device)
+    if mask is not None:
+        mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)
+    return SparseInput(sparsity, num_blocks, mask, global_tokens)
 
 
 def attend_sparsely(
@@ -52,13 +71,14 @@ def attend_sparsely(
     value: Tensor,
     pattern: BlockPattern,
     key_mask: Tensor | None,
+    global_tokens: GlobalTokens | None = None,
     *,
     scaling: float,
     implementation: str,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention by an engine of ours: `"eager"`, `"flex_attention"`, or `"sdpa"` for every other name,
-    where FlexAttention has no kernel, and while a graph is traced.
+    where FlexAttention has no kernel (for single global tokens, for one), and while a graph is traced.
 
     Asking a linear engine for probabilities computes them besides: the context stays the same to the bit.
 
@@ -66,13 +86,15 @@ def attend_sparsely(
         The context, `[batch, heads, length, head_dim]`, and the probabilities, `[batch, heads, length, length]`, or
         None unless `output_attentions`.
     """
-    arguments = (query, key, value, pattern, key_mask)
+    arguments = (query, key, value, pattern, key_mask, global_tokens)
     if implementation == "eager":
         context, probabilities = eager.block_sparse_attention(*arguments, scaling=scaling)
         return context, probabilities if output_attentions else None
-    uses_flex = implementation == "flex_attention" and not is_tracing() and flex.has_kernel(query, key, value)
-    engine = flex if uses_flex else sdpa
-    context = engine.block_sparse_attention(*arguments, scaling=scaling)
+    wants_flex = implementation == "flex_attention" and global_tokens is None and not is_tracing()
+    if wants_flex and flex.has_kernel(query, key, value):
+        context = flex.block_sparse_attention(query, key, value, pattern, key_mask, scaling=scaling)
+    else:
+        context = sdpa.block_sparse_attention(*arguments, scaling=scaling)
     if not output_attentions:
         return context, None
     return context, eager.block_sparse_attention(*arguments, scaling=scaling)[1]
@@ -134,34 +156,38 @@ def attend_in_documents(
     """Attention of each document of a packed batch to itself.
 
     Args:
-        module, query, key, value, how: as those of `attend_fully`; the batch is one row of `[1, heads, packed length,
-            head_dim]`.
+        module, query, key, value, how: as those of `attend_fully`; the batch is one row of `[1, heads, packed length
+            and extra tokens, head_dim]`.
         packed: where the documents stand, and how they are read.
         layer_idx: the layer, for its random blocks.
         heads: which of the heads there are, if some were pruned.
 
     Returns:
-        The context, `[1, heads, packed length, head_dim]`, and the probabilities as of the padded batch, `[batch,
+        The context, in the shape of `query`, and the probabilities as of the padded batch, `[batch,
         heads, length, length]`, or None unless `output_attentions`.
     """
     contexts, all_probabilities = [], None
     if output_attentions:
         all_probabilities = query.new_zeros(packed.batch, query.shape[1], packed.length, packed.length)
-    for span in packed.spans:
-        places = slice(span.start, span.start + span.size)
-        tensors = [tensor[:, :, places] for tensor in (query, key, value)]
-        key_mask = packed.key_mask[:, places] if span.has_padding else None
+    documents = zip(*(packed.split(tensor) for tensor in (query, key, value)), strict=True)
+    for span, global_tokens, tensors in zip(packed.spans, packed.global_tokens, documents, strict=True):
+        key_mask = None
+        if span.has_padding:
+            key_mask = packed.key_mask[:, span.start : span.start + span.size]
+            key_mask = nn.functional.pad(key_mask, (0, packed.num_extra), value=True)
         if span.num_blocks is None:
             bias = None if key_mask is None else key_mask_bias(key_mask, query.dtype, how["implementation"])
             result = attend_fully(module, *tensors, bias, dropout=dropout, output_attentions=output_attentions, **how)
         else:
             pattern = span.pattern(packed.sparsity, layer_idx, module.training).for_heads(heads)
-            result = attend_sparsely(*tensors, pattern, key_mask, output_attentions=output_attentions, **how)
+            result = attend_sparsely(
+                *tensors, pattern, key_mask, global_tokens, output_attentions=output_attentions, **how
+            )
         contexts.append(result[0])
         if output_attentions:
             own = slice(span.first, span.first + span.length)
             all_probabilities[span.row, :, own, own] = result[1][0, :, : span.length, : span.length]
-    return torch.cat(contexts, dim=2), all_probabilities
+    return packed.join(contexts), all_probabilities
 
 
 def _full_probabilities(module, query, key, value, mask, scaling):
@@ -185,7 +211,10 @@ def block_sparse_attention(
     num_random_blocks: int = 3,
     num_sliding_window_blocks: int = 3,
     num_global_blocks: int = 2,
+    global_block_indices: list[int] | None = None,
+    different_layout_per_head: bool = True,
     attention_mask: Tensor | None = None,
+    global_attention_mask: Tensor | None = None,
     layer_idx: int = 0,
     training: bool = False,
     eval_random_blocks: bool = False,
@@ -206,7 +235,10 @@ def block_sparse_attention(
         num_random_blocks: random blocks that each block reads.
         num_sliding_window_blocks: width of the window in blocks, an odd number.
         num_global_blocks: blocks that read everything and are read by all, half of them at either end.
+        global_block_indices: which blocks those are, instead of a number; negative indices count from the end.
+        different_layout_per_head: whether each head draws random blocks of its own.
         attention_mask: `[batch, length]`, 0 (or False) where a token is padding.
+        global_attention_mask: `[batch, length]`, 1 (or True) for tokens that read everything and are read by all.
         layer_idx: seed of the random blocks.
         training: whether to read random blocks; in evaluation block 0 is read in their place.
         eval_random_blocks: read the random blocks in evaluation, too.
@@ -241,8 +273,11 @@ def block_sparse_attention(
         num_global_blocks=num_global_blocks,
         eval_random_blocks=eval_random_blocks,
         max_position_embeddings=max_position_embeddings,
+        different_layout_per_head=different_layout_per_head,
+        global_block_indices=global_block_indices,
     )
     mask = padding_mask(attention_mask, batch, length)
+    chosen = global_mask(global_attention_mask, batch, length)
     how = {
         "scaling": head_dim**-0.5 if scaling is None else scaling,
         "implementation": implementation or "sdpa",
@@ -252,10 +287,10 @@ def block_sparse_attention(
         bias = None if mask is None else additive_mask(mask[:, None, None], query.dtype)
         context, probabilities = attend_fully(_NotCausal(), query, key, value, bias, **how)
     else:
-        blocks = make_sparse_input(sparsity, mask, batch, length, query.device)
+        blocks = make_sparse_input(sparsity, mask, batch, length, query.device, chosen=chosen)
         padded = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
         pattern = sparsity.pattern(blocks.num_blocks, layer_idx=layer_idx, training=training)
-        context, probabilities = attend_sparsely(*padded, pattern, blocks.key_mask, **how)
+        context, probabilities = attend_sparsely(*padded, pattern, blocks.key_mask, blocks.global_tokens, **how)
         context = context[:, :, :length]
         probabilities = None if probabilities is None else probabilities[:, :, :length, :length]
     return (context, probabilities) if output_attentions else context

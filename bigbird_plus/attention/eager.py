@@ -6,6 +6,7 @@ Quadratic in the length. All faster engines are tested against this one.
 import torch
 from torch import Tensor, nn
 
+from .global_tokens import GlobalTokens
 from .masks import additive_mask
 from .pattern import BlockPattern, CausalPattern
 
@@ -44,13 +45,22 @@ def _probabilities(query, key, bias, scaling):
 
 
 def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, key_mask: Tensor | None, *, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    key_mask: Tensor | None,
+    global_tokens: GlobalTokens | None = None,
+    *,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which block i reads block j `pattern.counts[:, i, j]` times.
 
     Args:
-        query, key, value: `[batch, heads, length, head_dim]`, the length a multiple of `pattern.num_blocks`.
+        query, key, value: `[batch, heads, length, head_dim]`: the tokens of `pattern.num_blocks` blocks, then the
+            extra global ones.
         pattern: who reads whom.
+        global_tokens: tokens that read everything and are read by all besides.
         key_mask: `bool`, `[batch, length]`, False where a token is padding. Padding is not read, and what it reads is
             zero: context and probabilities.
         scaling: what the scores are multiplied by.
@@ -58,8 +68,11 @@ def block_sparse_attention(
     Returns:
         The context, `[batch, heads, length, head_dim]`, and the probabilities, `[batch, heads, length, length]`.
     """
-    block_size = query.shape[2] // pattern.num_blocks
-    bias = _expand(pattern, block_size, query)
+    bias = _expand(pattern, query, 0 if global_tokens is None else global_tokens.num_extra)
+    if global_tokens is not None:
+        is_global = global_tokens.mask(query.shape[2])[:, None]
+        bias = torch.where(is_global[:, :, None], bias.clamp(min=0), bias)
+        bias = bias.masked_fill(is_global[..., None], 0)
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask[:, None, None], torch.finfo(bias.dtype).min)
     probabilities = _probabilities(query, key, bias, scaling)
@@ -68,11 +81,15 @@ def block_sparse_attention(
     return torch.matmul(probabilities, value), probabilities
 
 
-def _expand(pattern: BlockPattern, block_size: int, like: Tensor) -> Tensor:
-    """The logarithm of the counts, token by token: `[1, heads or 1, length, length]`."""
+def _expand(pattern: BlockPattern, like: Tensor, num_extra: int) -> Tensor:
+    """The logarithm of the counts, token by token, `[1, heads or 1, length, length]`; nothing reads the extra tokens,
+    and they read nothing."""
     dtype = score_dtype(like)
-    log_counts = torch.from_numpy(pattern.counts).to(like.device, dtype).log().clamp(min=torch.finfo(dtype).min)
-    return log_counts.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[None]
+    least = torch.finfo(dtype).min
+    block_size = (like.shape[2] - num_extra) // pattern.num_blocks
+    log_counts = torch.from_numpy(pattern.counts).to(like.device, dtype).log().clamp(min=least)
+    log_counts = log_counts.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[None]
+    return nn.functional.pad(log_counts, (0, num_extra, 0, num_extra), value=least)
 
 
 def causal_attention(

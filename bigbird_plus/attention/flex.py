@@ -104,6 +104,7 @@ def _make_plan(pattern: BlockPattern, heads: int, device: torch.device) -> _Plan
     reads = torch.zeros(len(lists), num_blocks, num_blocks + 1, dtype=torch.bool)
     reads[:, rows].scatter_(2, lists.masked_fill(lists == NO_BLOCK, num_blocks), True)
     reads[:, pattern.global_blocks] = True
+    reads[:, :, pattern.global_blocks] = True
 
     again = [_again(lists, place) for place in range(num_structured, lists.shape[2])]
     if pattern.first_block_extra:

@@ -33,6 +33,32 @@ def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tens
     return None if may_read_values(mask) and mask.all() else mask
 
 
+def global_mask(global_attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """A user's `[batch, length]` choice of global tokens as `bool`, or None for none.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if global_attention_mask is None:
+        return None
+    if global_attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"global_attention_mask must have the shape [batch, length] = [{batch}, {length}], but has "
+            f"{list(global_attention_mask.shape)}."
+        )
+    return global_attention_mask != 0
+
+
+def with_extra_tokens(attention_mask: Tensor | None, count: int) -> Tensor | None:
+    """A mask of 2 to 4 dimensions, see `expand_mask`, for an input with so many more tokens at its end, which read
+    everything and are read by all."""
+    if attention_mask is None or not count:
+        return attention_mask
+    read = 0 if attention_mask.dim() == 4 and attention_mask.is_floating_point() else 1
+    more_queries = (0, count) if attention_mask.dim() > 2 and attention_mask.shape[-2] > 1 else (0, 0)
+    return torch.nn.functional.pad(attention_mask, (0, count, *more_queries), value=read)
+
+
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores: 0 where `mask` is True, the least finite number elsewhere, so that a row with nothing
     to read stays finite."""

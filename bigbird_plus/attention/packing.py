@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .global_tokens import GlobalTokens, find_global_tokens
 from .pattern import BlockPattern, Sparsity
 
 
@@ -48,6 +49,8 @@ class PackedInput(NamedTuple):
     places: `int64`, `[packed length]`: where each packed token comes from, in the flattened padded batch.
     positions: `int64`, `[1, packed length]`: default positions of the tokens.
     key_mask: `bool`, `[1, packed length]`, False for padding.
+    global_tokens: those of each document, counted from its first place, or None.
+    num_extra: extra global tokens of each document. They stand behind the packed tokens of all documents.
     batch, length: the shape of the padded batch.
     """
 
@@ -56,6 +59,8 @@ class PackedInput(NamedTuple):
     places: Tensor
     positions: Tensor
     key_mask: Tensor
+    global_tokens: tuple[GlobalTokens | None, ...]
+    num_extra: int
     batch: int
     length: int
 
@@ -66,14 +71,38 @@ class PackedInput(NamedTuple):
         return tensor.expand(self.batch, *tensor.shape[1:]).flatten(0, 1)[self.places][None]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`[1, packed length, ...]` -> `[batch, length, ...]`, with zeros for padding."""
+        """`[1, packed length, ...]` -> `[batch, length, ...]`, with zeros for padding and without the extra tokens."""
         padded = packed.new_zeros(self.batch * self.length, *packed.shape[2:])
+        packed = packed[:, : len(self.places)]
         padded = padded.index_put((self.places[self.key_mask[0]],), packed[self.key_mask])
         return padded.unflatten(0, (self.batch, self.length))
 
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """`[1, heads, packed length and extra tokens, ...]` -> of each document its own places and extra tokens."""
+        documents = list(tensor[:, :, : len(self.places)].split([span.size for span in self.spans], dim=2))
+        if not self.num_extra:
+            return documents
+        extra = tensor[:, :, len(self.places) :].split(self.num_extra, dim=2)
+        return [torch.cat(pair, dim=2) for pair in zip(documents, extra, strict=True)]
+
+    def join(self, documents: list[Tensor]) -> Tensor:
+        """The reverse of `split`."""
+        if not self.num_extra:
+            return torch.cat(documents, dim=2)
+        sizes = [span.size for span in self.spans]
+        places = [tensor[:, :, :size] for tensor, size in zip(documents, sizes, strict=True)]
+        extra = [tensor[:, :, size:] for tensor, size in zip(documents, sizes, strict=True)]
+        return torch.cat((*places, *extra), dim=2)
+
 
 def pack_documents(
-    sparsity: Sparsity, mask: Tensor, *, reads_sparsely: bool, per_document: bool
+    sparsity: Sparsity,
+    mask: Tensor,
+    *,
+    reads_sparsely: bool,
+    per_document: bool,
+    chosen: Tensor | None = None,
+    num_extra: int = 0,
 ) -> PackedInput | None:
     """Packs a batch, unless that would save nothing.
 
@@ -82,6 +111,8 @@ def pack_documents(
         reads_sparsely: whether attention to an input of this length is sparse.
         per_document: whether each document is read as it is alone: counted from its first real token, with a pattern
             of its own, or in full where it is short enough.
+        chosen: `bool`, `[batch, length]`: which tokens are global; None for none.
+        num_extra: extra global tokens that each document has besides.
     """
     batch, length = mask.shape
     spans, start = [], 0
@@ -100,7 +131,20 @@ def pack_documents(
         real[taken] = 1
     places, positions, real = (tensor.to(mask.device) for tensor in (places, positions, real))
     key_mask = mask.flatten()[places] & real.bool()
-    return PackedInput(sparsity, tuple(spans), places, positions[None], key_mask[None], batch, length)
+    chosen = None if chosen is None else chosen.flatten()[places] & key_mask
+    global_tokens = tuple(_global_tokens(span, chosen, num_extra, mask.device) for span in spans)
+    return PackedInput(
+        sparsity, tuple(spans), places, positions[None], key_mask[None], global_tokens, num_extra, batch, length
+    )
+
+
+def _global_tokens(span, chosen, num_extra, device) -> GlobalTokens | None:
+    """Those of one document that is read sparsely."""
+    if span.num_blocks is None:
+        return None
+    if chosen is not None:
+        chosen = chosen[None, span.start : span.start + span.size]
+    return find_global_tokens(chosen, num_extra, 1, span.size, device)
 
 
 def _span(sparsity, row, tokens, start, reads_sparsely, per_document) -> Span:

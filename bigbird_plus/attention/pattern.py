@@ -41,6 +41,8 @@ class Sparsity:
     num_global_blocks: int = 2
     eval_random_blocks: bool = False
     max_position_embeddings: int = 4096
+    different_layout_per_head: bool = True
+    global_block_indices: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name in ("num_attention_heads", "block_size", "num_sliding_window_blocks"):
@@ -52,6 +54,21 @@ class Sparsity:
                 "num_sliding_window_blocks must be odd (as many blocks before a block as behind it), "
                 f"but is {self.num_sliding_window_blocks}."
             )
+        if self.global_block_indices is not None:
+            self._check_indices()
+
+    def _check_indices(self):
+        indices = self.global_block_indices
+        if not isinstance(indices, (tuple, list)) or any(
+            isinstance(index, bool) or not isinstance(index, Integral) for index in indices
+        ):
+            raise ValueError(f"global_block_indices must be a list of whole numbers or None, but is {indices!r}.")
+        if self.num_global_blocks != type(self).num_global_blocks:
+            raise ValueError(
+                f"global_block_indices ({list(indices)}) and num_global_blocks ({self.num_global_blocks}) both say "
+                f"which blocks are global: leave num_global_blocks at its default, {type(self).num_global_blocks}."
+            )
+        object.__setattr__(self, "global_block_indices", tuple(int(index) for index in indices))  # can be hashed
 
     @classmethod
     def from_config(cls, config) -> "Sparsity":
@@ -64,13 +81,24 @@ class Sparsity:
     @property
     def full_attention_length(self) -> int:
         """The longest input, in tokens, that is read in full: blocks of all kinds and as many random ones again."""
-        blocks = self.num_global_blocks + self.num_sliding_window_blocks + 2 * self.num_random_blocks
-        return blocks * self.block_size
+        num_global = self.num_global_blocks
+        if self.global_block_indices is not None:
+            num_global = len(set(self.global_block_indices))
+        return (num_global + self.num_sliding_window_blocks + 2 * self.num_random_blocks) * self.block_size
 
     @property
     def is_original_shape(self) -> bool:
         """Whether this is the shape of the published models: a window of three blocks, a global one at either end."""
-        return self.num_sliding_window_blocks == 3 and self.num_global_blocks == 2
+        if self.global_block_indices is not None:
+            has_ends = set(self.global_block_indices) == {0, -1}
+        else:
+            has_ends = self.num_global_blocks == 2
+        return self.num_sliding_window_blocks == 3 and has_ends
+
+    @property
+    def num_layouts(self) -> int:
+        """How many draws of random blocks a layer has: one for each head, or one for all."""
+        return self.num_attention_heads if self.different_layout_per_head else 1
 
     def pattern(self, num_blocks: int, *, layer_idx: int = 0, training: bool = False) -> "BlockPattern":
         """The pattern of one layer for an input of `num_blocks` blocks. Made once, then taken from a bounded cache."""
@@ -80,23 +108,30 @@ class Sparsity:
         if not random:
             extra = self.num_random_blocks if self.is_original_shape else 0
             return replace(self.structure(num_blocks), first_block_extra=extra)
-        settings = [getattr(self, name) for name in self.__dataclass_fields__]
-        random_blocks = torch.ops.bigbird_plus.random_blocks(settings, num_blocks, layer_idx)
+        random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx)
         return replace(self.structure(num_blocks), random_blocks=random_blocks)
 
     def structure(self, num_blocks: int) -> "BlockPattern":
         """The pattern's global blocks and its window, without anything in the place of random blocks."""
-        num_leading = (self.num_global_blocks + 1) // 2
-        num_trailing = self.num_global_blocks - num_leading
-        return BlockPattern(num_blocks, num_leading, num_trailing, self.num_sliding_window_blocks // 2)
+        half_window = self.num_sliding_window_blocks // 2
+        if self.global_block_indices is None:
+            num_leading = (self.num_global_blocks + 1) // 2
+            return BlockPattern(num_blocks, num_leading, self.num_global_blocks - num_leading, half_window)
+        chosen = _blocks_at(self.global_block_indices, num_blocks)
+        num_leading = num_trailing = 0
+        while num_leading in chosen:
+            num_leading += 1
+        while num_leading + num_trailing < len(chosen) and num_blocks - 1 - num_trailing in chosen:
+            num_trailing += 1
+        middle = tuple(block for block in chosen if num_leading <= block < num_blocks - num_trailing)
+        return BlockPattern(num_blocks, num_leading, num_trailing, half_window, middle)
 
     def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "CausalPattern":
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
         if not self.num_random_blocks:
             random_blocks = None
         elif torch.compiler.is_compiling():
-            settings = [getattr(self, name) for name in self.__dataclass_fields__]
-            random_blocks = torch.ops.bigbird_plus.causal_random_blocks(settings, num_blocks, layer_idx)
+            random_blocks = torch.ops.bigbird_plus.causal_random_blocks(*self._for_operators(), num_blocks, layer_idx)
         else:
             random_blocks = _causal_plan(self, layer_idx).blocks(num_blocks)
         return CausalPattern(
@@ -106,6 +141,21 @@ class Sparsity:
             window=self.num_sliding_window_blocks,
             random_blocks=random_blocks,
         )
+
+    def _for_operators(self) -> tuple[list[int], list[int] | None]:
+        """The settings as operators take them: numbers, and the list apart."""
+        *numbers, indices = (getattr(self, name) for name in self.__dataclass_fields__)
+        return [int(number) for number in numbers], None if indices is None else list(indices)
+
+
+def _blocks_at(indices: tuple[int, ...], num_blocks: int) -> list[int]:
+    """The blocks that the indices name, each once. Negative ones count from the end; any out of range is ignored."""
+    blocks = []
+    for index in indices:
+        block = index + num_blocks if index < 0 else index
+        if 0 <= block < num_blocks and block not in blocks:
+            blocks.append(block)
+    return blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +171,9 @@ class BlockPattern:
         num_blocks: blocks of the input.
         num_leading, num_trailing: global blocks at its beginning and at its end.
         half_window: blocks of the window on either side of a block.
+        middle_blocks: further global blocks, between those.
         first_block_extra: additional readings of block 0, see `BigBirdConfig.eval_random_blocks`.
-        random_blocks: `int64` array `[heads, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a
+        random_blocks: `int64` array `[heads or 1, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a
             tensor while a graph is traced.
     """
 
@@ -130,32 +181,38 @@ class BlockPattern:
     num_leading: int
     num_trailing: int
     half_window: int
+    middle_blocks: tuple[int, ...] = ()
     first_block_extra: int = 0
     random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
 
     @property
     def global_blocks(self) -> list[int]:
         """Blocks that read everything and are read by all."""
+        return [*self.outer_blocks, *self.middle_blocks]
+
+    @property
+    def outer_blocks(self) -> list[int]:
+        """The global blocks at the beginning and at the end."""
         return [*range(self.num_leading), *range(self.last_row, self.num_blocks)]
 
     @property
     def first_row(self) -> int:
-        """The first block that is not global."""
+        """The first block behind the global ones at the beginning."""
         return self.num_leading
 
     @property
     def last_row(self) -> int:
-        """One past the last block that is not global."""
+        """The first of the global blocks at the end."""
         return self.num_blocks - self.num_trailing
 
     @property
     def inner_rows(self) -> range:
-        """The blocks whose whole window lies between the global blocks."""
+        """The blocks whose whole window lies between the outer blocks."""
         return range(self.first_row + self.half_window, max(self.last_row, self.first_row) - self.half_window)
 
     def for_heads(self, heads) -> "BlockPattern":
         """The pattern of some of the heads: what is left after others were pruned."""
-        if self.random_blocks is None or len(heads) == len(self.random_blocks):
+        if self.random_blocks is None or len(self.random_blocks) in (1, len(heads)):
             return self
         return replace(self, random_blocks=self.random_blocks[list(heads)])
 
@@ -172,6 +229,7 @@ class BlockPattern:
             num_leading=min(max(self.num_leading - first, 0), last - first),
             num_trailing=min(max(last - self.last_row, 0), last - first),
             half_window=self.half_window,
+            middle_blocks=tuple(block - first for block in self.middle_blocks if first <= block < last),
             first_block_extra=self.first_block_extra if first == 0 else 0,
             random_blocks=random_blocks,
         )
@@ -242,12 +300,13 @@ class BlockPattern:
         return ax
 
     def structured_lists(self, first: int, last: int) -> Tensor:
-        """The global blocks and the window of each of the rows from `first` to `last`, none of which is global, every
-        block once. Written for tensors, so that a graph can be traced that serves any number of blocks.
+        """The outer blocks and the window of each of the rows from `first` to `last`, none of which is an outer one,
+        every block once; `middle_blocks` are a matter of the engines. Written for tensors, so that a graph can be
+        traced that serves any number of blocks.
 
         Returns:
-            `int64` tensor `[rows, global + window]`, with `NO_BLOCK` where the window leaves the input or meets a
-            global block. The first column is block 0 wherever `first_block_extra` is not 0.
+            `int64` tensor `[rows, outer + window]`, with `NO_BLOCK` where the window leaves the input or meets an
+            outer block. The first column is block 0 wherever `first_block_extra` is not 0.
         """
         window = torch.arange(first, last)[:, None] + torch.arange(-self.half_window, self.half_window + 1)
         window = window.masked_fill((window < self.first_row) | (window >= self.last_row), NO_BLOCK)
@@ -268,7 +327,7 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
     """The random blocks of a pattern that has none yet."""
     if sparsity.is_original_shape:
         return draw_random_blocks(
-            num_heads=sparsity.num_attention_heads,
+            num_heads=sparsity.num_layouts,
             num_blocks=pattern.num_blocks,
             block_size=sparsity.block_size,
             num_random_blocks=sparsity.num_random_blocks,
@@ -276,7 +335,7 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
             layer_idx=layer_idx,
         )
     return draw_uniform_blocks(
-        num_heads=sparsity.num_attention_heads,
+        num_heads=sparsity.num_layouts,
         num_random_blocks=sparsity.num_random_blocks,
         layer_idx=layer_idx,
         eligible=pattern.counts[0] == 0,
@@ -284,17 +343,17 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
 
 
 @torch.library.custom_op("bigbird_plus::random_blocks", mutates_args=())
-def _traced_random_blocks(settings: list[int], num_blocks: int, layer_idx: int) -> Tensor:
+def _traced_random_blocks(settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int) -> Tensor:
     """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
-    generators do not allow. `settings` are the fields of a `Sparsity`."""
-    pattern = _make_pattern(Sparsity(*settings), num_blocks, layer_idx)
+    generators do not allow. `settings` and `indices` are the fields of a `Sparsity`."""
+    pattern = _make_pattern(Sparsity(*settings, indices), num_blocks, layer_idx)
     return torch.from_numpy(pattern.random_blocks.copy())
 
 
 @_traced_random_blocks.register_fake
-def _(settings, num_blocks, layer_idx):
-    num_heads, _, num_random_blocks, *_ = settings
-    return torch.empty(num_heads, num_blocks, num_random_blocks, dtype=torch.int64)
+def _(settings, indices, num_blocks, layer_idx):
+    sparsity = Sparsity(*settings, indices)
+    return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,8 +369,8 @@ class CausalPattern:
         num_full: blocks at its beginning that read everything up to themselves.
         num_leading: blocks at its beginning that all read.
         window: blocks of the window.
-        random_blocks: `int64` array `[heads, num_blocks, random]`, or `None`; a tensor while a graph is traced. Of the
-            first `num_full` rows it says nothing.
+        random_blocks: `int64` array `[heads or 1, num_blocks, random]`, or `None`; a tensor while a graph is traced.
+            Of the first `num_full` rows it says nothing.
     """
 
     num_blocks: int
@@ -321,6 +380,7 @@ class CausalPattern:
     random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
 
     first_block_extra = 0
+    middle_blocks = ()
 
     @property
     def first_sparse_row(self) -> int:
@@ -329,7 +389,7 @@ class CausalPattern:
 
     def for_heads(self, heads) -> "CausalPattern":
         """The pattern of some of the heads: what is left after others were pruned."""
-        if self.random_blocks is None or len(heads) == len(self.random_blocks):
+        if self.random_blocks is None or len(self.random_blocks) in (1, len(heads)):
             return self
         return replace(self, random_blocks=self.random_blocks[list(heads)])
 
@@ -369,7 +429,7 @@ class CausalPattern:
 @lru_cache(maxsize=256)
 def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
     return CausalPlan(
-        num_heads=sparsity.num_attention_heads,
+        num_heads=sparsity.num_layouts,
         num_random_blocks=sparsity.num_random_blocks,
         first_row=sparsity.full_attention_length // sparsity.block_size,
         num_leading=(sparsity.num_global_blocks + 1) // 2,
@@ -379,12 +439,14 @@ def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
 
 
 @torch.library.custom_op("bigbird_plus::causal_random_blocks", mutates_args=())
-def _traced_causal_random_blocks(settings: list[int], num_blocks: int, layer_idx: int) -> Tensor:
+def _traced_causal_random_blocks(
+    settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int
+) -> Tensor:
     """The same for decoders."""
-    return torch.from_numpy(_causal_plan(Sparsity(*settings), layer_idx).blocks(num_blocks).copy())
+    return torch.from_numpy(_causal_plan(Sparsity(*settings, indices), layer_idx).blocks(num_blocks).copy())
 
 
 @_traced_causal_random_blocks.register_fake
-def _(settings, num_blocks, layer_idx):
-    num_heads, _, num_random_blocks, *_ = settings
-    return torch.empty(num_heads, num_blocks, num_random_blocks, dtype=torch.int64)
+def _(settings, indices, num_blocks, layer_idx):
+    sparsity = Sparsity(*settings, indices)
+    return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)

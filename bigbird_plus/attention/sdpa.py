@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .eager import score_dtype
+from .global_tokens import GlobalTokens, no_global_tokens
 from .masks import additive_mask, causal_mask, is_tracing
 from .pattern import BlockPattern, CausalPattern
 from .random_blocks import NO_BLOCK
@@ -33,6 +34,7 @@ def block_sparse_attention(
     value: Tensor,
     pattern: BlockPattern | CausalPattern,
     key_mask: Tensor | None,
+    global_tokens: GlobalTokens | None = None,
     *,
     scaling: float,
 ) -> Tensor:
@@ -41,14 +43,18 @@ def block_sparse_attention(
     merges = _can_merge(query)
     bias_dtype = score_dtype(query) if merges else query.dtype
     bias = None if key_mask is None else additive_mask(key_mask, bias_dtype)
-    blocked = [_split_into_blocks(tensor, pattern.num_blocks) for tensor in (query, key, value)]
+    num_extra = 0 if global_tokens is None else global_tokens.num_extra
+    layout = _Layout(pattern.num_blocks, (query.shape[2] - num_extra) // pattern.num_blocks)
+    if pattern.middle_blocks:
+        global_tokens = global_tokens or no_global_tokens(query.shape[0], query.device)
+        global_tokens = global_tokens.with_blocks(pattern.middle_blocks, layout.block_size)
+    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     if merges:
-        context = _MergedFlashAttention.apply(*blocked, bias, pattern, scaling)
+        context = _MergedFlashAttention.apply(*tensors, bias, pattern, global_tokens, layout, scaling)
     elif isinstance(pattern, CausalPattern):
-        context = _gathered_causal_attention(*blocked, bias, pattern, scaling)
+        context = _gathered_causal_attention(*tensors, bias, pattern, layout, scaling)
     else:
-        context = _gathered_attention(*blocked, bias, pattern, scaling)
-    context = context.flatten(1, 2)
+        context = _gathered_attention(*tensors, bias, pattern, global_tokens, layout, scaling)
     if key_mask is not None:
         context = context * key_mask[:, :, None, None]
     return context.transpose(1, 2)
@@ -59,10 +65,16 @@ def _can_merge(query: Tensor) -> bool:
     return query.device.type == "cpu" and not is_tracing()
 
 
-def _split_into_blocks(tensor: Tensor, num_blocks: int) -> Tensor:
-    """`[batch, heads, length, dim]` as `[batch, blocks, block, heads, dim]`, the layout in which projections come, so
-    that blocks, runs of blocks and windows of blocks are views."""
-    return tensor.transpose(1, 2).unflatten(1, (num_blocks, -1))
+class _Layout(NamedTuple):
+    """How the tokens of an input stand in blocks. Tensors are `[batch, tokens, heads, dim]`, as projections come."""
+
+    num_blocks: int
+    block_size: int
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """`[batch, tokens, ...]` as `[batch, blocks, block, ...]`, without the extra tokens: a view, of which blocks,
+        runs of blocks and windows of blocks are views."""
+        return tensor[:, : self.num_blocks * self.block_size].unflatten(1, (self.num_blocks, self.block_size))
 
 
 def _as_sequence(blocks: Tensor) -> Tensor:
@@ -112,26 +124,32 @@ class _Lists(NamedTuple):
         document = torch.arange(batch, device=tensor.device)[:, None, None, None]
         return (document * num_blocks + self.blocks) * heads + head
 
-    def key_bias(self, mask_bias: Tensor | None, block_size: int) -> Tensor | None:
+    def key_bias(self, mask_bias: Tensor | None, layout: _Layout) -> Tensor | None:
         """What is added to the scores of the gathered keys, broadcastable to `[batch, rows, heads, queries, keys]`."""
         bias = None
         if self.bias is not None:
-            bias = self.bias.repeat_interleave(block_size, dim=-1)[None, :, :, None]
+            bias = self.bias.repeat_interleave(layout.block_size, dim=-1)[None, :, :, None]
         if mask_bias is not None:
-            masked = mask_bias.unflatten(1, (-1, block_size))[:, self.blocks].flatten(3, 4)[:, :, :, None]
+            masked = layout.blocks(mask_bias)[:, self.blocks].flatten(3, 4)[:, :, :, None]
             bias = masked if bias is None else (bias + masked).clamp(min=torch.finfo(bias.dtype).min)
         return bias
+
+
+def _blocks_read(pattern: BlockPattern | CausalPattern, first: int, last: int, *, structured: bool = True) -> Tensor:
+    """The random blocks of the rows from `first` to `last`, and with `structured` those of the window and the outer
+    ones, too: `int64`, `[rows, heads or 1, blocks]`, with `NO_BLOCK` in empty places."""
+    lists = pattern.structured_lists(first, last)[:, None] if structured else None
+    if pattern.random_blocks is None:
+        return lists
+    random = torch.as_tensor(pattern.random_blocks)[:, first:last].transpose(0, 1)
+    return random if lists is None else torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=-1)
 
 
 def _list_blocks(
     pattern: BlockPattern | CausalPattern, first: int, last: int, device, dtype: torch.dtype, *, structured: bool
 ) -> _Lists:
-    """The random blocks of the rows from `first` to `last`, and with `structured` those of the window and the global
-    ones, too."""
-    lists = pattern.structured_lists(first, last)[:, None] if structured else None
-    if pattern.random_blocks is not None:
-        random = torch.as_tensor(pattern.random_blocks)[:, first:last].transpose(0, 1)
-        lists = random if lists is None else torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=-1)
+    """`_blocks_read`, to gather them."""
+    lists = _blocks_read(pattern, first, last, structured=structured)
     empty = lists == NO_BLOCK
     bias = additive_mask(~empty, dtype)
     if structured and pattern.first_block_extra:
@@ -140,51 +158,98 @@ def _list_blocks(
     return _Lists(lists.masked_fill(empty, 0).to(device), bias.to(device) if is_needed else None)
 
 
-def _gathered_attention(query, key, value, bias, pattern, scaling) -> Tensor:
-    """Block-sparse attention on `[batch, blocks, block, heads, dim]` with plain `scaled_dot_product_attention`."""
+def _unread_bias(
+    pattern: BlockPattern,
+    first: int,
+    last: int,
+    tokens: GlobalTokens,
+    mask_bias: Tensor | None,
+    block_size: int,
+    dtype,
+) -> Tensor:
+    """What the rows from `first` to `last` add to the scores of the global tokens, `[batch, rows, heads or 1,
+    tokens]`: 0 for those that they would not read otherwise, the least finite number for others and for padding."""
+    block = (tokens.places // block_size)[:, None, None]
+    lists = _blocks_read(pattern, first, last).to(block.device)
+    unread = torch.ones_like(block, dtype=torch.bool)
+    for listed in lists.unbind(-1):
+        unread = unread & (block != listed[None, :, :, None])
+    if tokens.is_token is not None:
+        unread = unread & tokens.is_token[:, None, None]
+    bias = additive_mask(unread, dtype)
+    return bias if mask_bias is None else torch.minimum(bias, tokens.take(mask_bias)[:, None, None])
+
+
+def _gathered_attention(query, key, value, bias, pattern, global_tokens, layout, scaling) -> Tensor:
+    """Block-sparse attention on `[batch, tokens, heads, dim]` with plain `scaled_dot_product_attention`."""
     first, last = pattern.first_row, pattern.last_row
-    inner = _attend_to_lists(query, key, value, bias, pattern, first, last, scaling)
-    if not pattern.num_leading + pattern.num_trailing:
-        return inner
-    global_query = _as_sequence(torch.cat((query[:, :first], query[:, last:]), dim=1))
-    global_bias = None if bias is None else bias[:, None, None]
+    inner = _attend_to_lists(query, key, value, bias, pattern, first, last, layout, scaling, tokens=global_tokens)
+    blocks = layout.blocks(query)
+    readers_of_all = [blocks[:, :first].flatten(1, 2), blocks[:, last:].flatten(1, 2)]
+    if global_tokens is not None:
+        readers_of_all.append(global_tokens.take(query))
+    elif not pattern.num_leading + pattern.num_trailing:
+        return inner.flatten(1, 2)
+    outer_query = torch.cat(readers_of_all, dim=1).transpose(1, 2)
+    outer_bias = None if bias is None else bias[:, None, None]
     attend = nn.functional.scaled_dot_product_attention
-    outer = attend(global_query, _as_sequence(key), _as_sequence(value), global_bias, scale=scaling)
-    outer = outer.transpose(1, 2).unflatten(1, (-1, query.shape[2]))
-    return torch.cat((outer[:, :first], inner, outer[:, first:]), dim=1)
+    outer = attend(outer_query, key.transpose(1, 2), value.transpose(1, 2), outer_bias, scale=scaling)
+    leading, trailing, *chosen = outer.transpose(1, 2).split([part.shape[1] for part in readers_of_all], dim=1)
+    context = torch.cat((leading, inner.flatten(1, 2), trailing), dim=1)
+    if global_tokens is None:
+        return context
+    context = nn.functional.pad(context, (0, 0, 0, 0, 0, global_tokens.num_extra))
+    global_tokens.put(*chosen, context)
+    return context
 
 
-def _gathered_causal_attention(query, key, value, bias, pattern, scaling) -> Tensor:
+def _gathered_causal_attention(query, key, value, bias, pattern, layout, scaling) -> Tensor:
     """The same for a decoder."""
-    block_size, first = query.shape[2], pattern.first_sparse_row
+    block_size, first = layout.block_size, pattern.first_sparse_row
     full_bias = _causal_bias(first * block_size, query.device, query.dtype)
     if bias is not None:
         full_bias = torch.minimum(full_bias, bias[:, None, None, : full_bias.shape[0]])
-    tensors = [_as_sequence(tensor[:, :first]) for tensor in (query, key, value)]
-    full = nn.functional.scaled_dot_product_attention(*tensors, full_bias, scale=scaling)
-    full = full.transpose(1, 2).unflatten(1, (-1, block_size))
+    tensors = [tensor[:, : first * block_size].transpose(1, 2) for tensor in (query, key, value)]
+    full = nn.functional.scaled_dot_product_attention(*tensors, full_bias, scale=scaling).transpose(1, 2)
     if first == pattern.num_blocks:
         return full
     window = _causal_bias(block_size, query.device, query.dtype, before=pattern.window - 1)
     listed = (pattern.num_leading, pattern.random_blocks.shape[2] if pattern.random_blocks is not None else 0)
     own_block = nn.functional.pad(window, [blocks * block_size for blocks in listed])
-    sparse = _attend_to_lists(query, key, value, bias, pattern, first, pattern.num_blocks, scaling, own_block)
-    return torch.cat((full, sparse), dim=1)
+    rows = (first, pattern.num_blocks)
+    sparse = _attend_to_lists(query, key, value, bias, pattern, *rows, layout, scaling, own_block=own_block)
+    return torch.cat((full, sparse.flatten(1, 2)), dim=1)
 
 
-def _attend_to_lists(query, key, value, bias, pattern, first, last, scaling, own_block=None) -> Tensor:
+def _attend_to_lists(
+    query, key, value, bias, pattern, first, last, layout, scaling, *, own_block=None, tokens=None
+) -> Tensor:
     """What the rows from `first` to `last` read, gathered: `[batch, rows, block, heads, dim]`. `own_block`, `[block,
-    keys]`, is added to the scores of each row."""
-    batch, _, block_size, _, _ = query.shape
+    keys]`, is added to the scores of each row; `tokens` are the global ones, which they read besides."""
+    batch, block_size = query.shape[0], layout.block_size
     lists = _list_blocks(pattern, first, last, query.device, query.dtype, structured=True)
-    keys, values = (lists.gather(tensor).flatten(0, 1) for tensor in (key, value))
-    score_bias = lists.key_bias(bias, block_size)
+    keys, values = (lists.gather(layout.blocks(tensor)) for tensor in (key, value))
+    score_bias = lists.key_bias(bias, layout)
     if score_bias is not None:
-        score_bias = score_bias.expand(batch, -1, -1, block_size, -1).flatten(0, 1)
+        score_bias = score_bias.expand(batch, -1, -1, block_size, -1)
     if own_block is not None:
         score_bias = own_block if score_bias is None else torch.minimum(score_bias, own_block)
-    row_query = query[:, first:last].flatten(0, 1).transpose(1, 2)
-    context = nn.functional.scaled_dot_product_attention(row_query, keys, values, score_bias, scale=scaling)
+    if tokens is not None:
+        unread = _unread_bias(pattern, first, last, tokens, bias, block_size, query.dtype)[:, :, :, None]
+        if score_bias is None:
+            score_bias = unread.new_zeros(*unread.shape[:3], block_size, keys.shape[3])
+        score_bias = torch.cat((score_bias, unread.expand(-1, -1, -1, block_size, -1)), dim=-1)
+        chosen = (tokens.take(tensor).transpose(1, 2)[:, None] for tensor in (key, value))
+        keys, values = (
+            torch.cat((tensor, more.expand(-1, tensor.shape[1], -1, -1, -1)), dim=3)
+            for tensor, more in zip((keys, values), chosen, strict=True)
+        )
+    row_query = layout.blocks(query)[:, first:last].transpose(2, 3)
+    if score_bias is not None and score_bias.dim() == 5:
+        score_bias = score_bias.flatten(0, 1)
+    context = nn.functional.scaled_dot_product_attention(
+        *(tensor.flatten(0, 1) for tensor in (row_query, keys, values)), score_bias, scale=scaling
+    )
     return context.transpose(1, 2).unflatten(0, (batch, -1))
 
 
@@ -201,66 +266,75 @@ def _causal_bias(block_size: int, device, dtype: torch.dtype, before: int = 0) -
 
 
 class _DensePart:
-    """Some rows that all read the same blocks. `blocks` is None for all blocks of the document. With `is_causal` rows
+    """Some rows that all read the same blocks. `blocks` is None for all tokens of the input. With `is_causal` rows
     and blocks are the first ones, and each token reads those up to itself."""
 
-    def __init__(self, rows, blocks=None, log_counts=None, is_causal=False):
-        self.rows, self.blocks, self.log_counts = rows, slice(None) if blocks is None else blocks, log_counts
+    def __init__(self, layout, rows, blocks=None, log_counts=None, is_causal=False):
+        self.layout, self.rows, self.read, self.log_counts = layout, rows, blocks, log_counts
         self.is_causal = is_causal
 
     def queries(self, tensor):
-        """`[batch, blocks, block, heads, dim]` -> `[n, heads, queries, dim]`: what each of n attentions asks."""
-        return _as_sequence(tensor[:, self.rows])
+        """`[batch, tokens, heads, dim]` -> `[n, heads, queries, dim]`: what each of n attentions asks."""
+        return _as_sequence(self.layout.blocks(tensor)[:, self.rows])
 
     def keys(self, tensor):
-        """`[batch, blocks, block, heads, dim]` -> `[n, heads, keys, dim]`: what each of n attentions reads."""
-        return _as_sequence(tensor[:, self.blocks])
+        """`[batch, tokens, heads, dim]` -> `[n, heads, keys, dim]`: what each of n attentions reads."""
+        return tensor.transpose(1, 2) if self.read is None else _as_sequence(self.layout.blocks(tensor)[:, self.read])
 
-    def key_bias(self, mask_bias, block_size):
+    def key_bias(self, mask_bias):
         """What is added to the scores, broadcastable to `[n, heads, queries, keys]`, or None."""
         bias = None
         if self.log_counts is not None:
-            bias = self.log_counts.repeat_interleave(block_size)[None, None, None]
+            bias = self.log_counts.repeat_interleave(self.layout.block_size)[None, None, None]
         if mask_bias is not None:
-            masked = mask_bias.unflatten(1, (-1, block_size))[:, self.blocks].flatten(1)[:, None, None]
-            bias = masked if bias is None else masked + bias
+            if self.read is not None:
+                mask_bias = self.layout.blocks(mask_bias)[:, self.read].flatten(1)
+            bias = mask_bias[:, None, None] if bias is None else mask_bias[:, None, None] + bias
         return bias
 
     def log_sum_exps(self, tensor):
-        """`queries` of the merged log-sum-exps `[batch, blocks, block, heads]`, to give to the backward."""
+        """`queries` of the merged log-sum-exps `[batch, tokens, heads]`, to give to the backward."""
         return self.queries(tensor.unsqueeze(-1)).squeeze(-1)
 
-    def to_rows(self, output, batch, block_size):
+    def to_rows(self, output):
         """The transpose of `queries`: `[n, heads, queries, dim]` -> `[batch, rows, block, heads, dim]`."""
-        return output.transpose(1, 2).unflatten(1, (-1, block_size))
+        return output.transpose(1, 2).unflatten(1, (-1, self.layout.block_size))
 
-    def add_to_blocks(self, grad, target):
+    def put(self, rows, target):
+        """Writes what `to_rows` gives to where it belongs in `target`, `[batch, tokens, ...]`."""
+        self.layout.blocks(target)[:, self.rows] = rows
+
+    def add(self, grad, target):
         """The transpose of `keys`: adds `[n, heads, keys, dim]` to where it came from."""
-        target[:, self.blocks] += grad.transpose(1, 2).unflatten(1, (-1, target.shape[2]))
+        grad = grad.transpose(1, 2)
+        if self.read is None:
+            target += grad
+        else:
+            self.layout.blocks(target)[:, self.read] += grad.unflatten(1, (-1, self.layout.block_size))
 
 
 class _GatheredPart(_DensePart):
     """Rows that read a list of blocks each: n is batch times rows."""
 
-    def __init__(self, rows, lists, batch):
-        super().__init__(slice(rows.start, rows.stop))
+    def __init__(self, layout, rows, lists, batch):
+        super().__init__(layout, slice(rows.start, rows.stop))
         self.lists, self.batch = lists, batch
 
     def queries(self, tensor):
-        return tensor[:, self.rows].flatten(0, 1).transpose(1, 2)
+        return self.layout.blocks(tensor)[:, self.rows].flatten(0, 1).transpose(1, 2)
 
     def keys(self, tensor):
-        return self.lists.gather(tensor).flatten(0, 1)
+        return self.lists.gather(self.layout.blocks(tensor)).flatten(0, 1)
 
-    def key_bias(self, mask_bias, block_size):
-        bias = self.lists.key_bias(mask_bias, block_size)
+    def key_bias(self, mask_bias):
+        bias = self.lists.key_bias(mask_bias, self.layout)
         return None if bias is None else bias.expand(self.batch, -1, -1, -1, -1).flatten(0, 1)
 
-    def to_rows(self, output, batch, block_size):
-        return output.transpose(1, 2).unflatten(0, (batch, -1))
+    def to_rows(self, output):
+        return output.transpose(1, 2).unflatten(0, (self.batch, -1))
 
-    def add_to_blocks(self, grad, target):
-        self.lists.scatter_add(grad.unflatten(0, (target.shape[0], -1)), target)
+    def add(self, grad, target):
+        self.lists.scatter_add(grad.unflatten(0, (self.batch, -1)), self.layout.blocks(target))
 
 
 class _WindowPart(_DensePart):
@@ -269,115 +343,170 @@ class _WindowPart(_DensePart):
     documents belong to rows that do not take part: what they give is left out. `own_block`, `[block, keys]`, is added
     to the scores of every window."""
 
-    def __init__(self, rows, num_blocks, batch, before, after, own_block=None):
-        super().__init__(slice(rows.start, rows.stop))
-        self.row_count, self.num_blocks, self.before, self.after = len(rows), num_blocks, before, after
-        self.first, self.last = rows.start, (batch - 1) * num_blocks + rows.stop
+    def __init__(self, layout, rows, batch, before, after, own_block=None):
+        super().__init__(layout, slice(rows.start, rows.stop))
+        self.row_count, self.batch, self.before, self.after = len(rows), batch, before, after
+        self.first, self.last = rows.start, (batch - 1) * layout.num_blocks + rows.stop
         self.own_block = own_block
 
     def queries(self, tensor):
-        return tensor.flatten(0, 1)[self.first : self.last].transpose(1, 2)
+        return self._rows(tensor).transpose(1, 2)
 
     def keys(self, tensor):
-        return self._windows(tensor.flatten(0, 2), tensor.shape[2]).transpose(-1, -2)
+        return self._windows(tensor).transpose(-1, -2)
 
-    def key_bias(self, mask_bias, block_size):
+    def key_bias(self, mask_bias):
         own_block = None if self.own_block is None else self.own_block[None, None]
         if mask_bias is None:
             return own_block
-        bias = self._windows(mask_bias.flatten(), block_size)[:, None, None]
+        bias = self._windows(mask_bias)[:, None, None]
         return bias if own_block is None else torch.minimum(bias, own_block)
 
     def log_sum_exps(self, tensor):
-        rows = tensor.flatten(0, 1)[self.first : self.last]
-        if tensor.shape[0] > 1:  # windows across a border: a huge log-sum-exp makes their probabilities zero
-            index = torch.arange(self.first, self.last, device=tensor.device) % self.num_blocks
+        rows = self._rows(tensor)
+        if self.batch > 1:  # windows across a border: a huge log-sum-exp makes their probabilities zero
+            index = torch.arange(self.first, self.last, device=tensor.device) % self.layout.num_blocks
             across = (index < self.rows.start) | (index >= self.rows.stop)
             rows = rows.masked_fill(across[:, None, None], torch.finfo(rows.dtype).max)
         return rows.transpose(1, 2)
 
-    def to_rows(self, output, batch, block_size):
+    def to_rows(self, output):
         output = output.transpose(1, 2)
-        shape = (batch, self.row_count, *output.shape[1:])
-        return output.as_strided(shape, (self.num_blocks * output.stride(0), *output.stride()))
+        shape = (self.batch, self.row_count, *output.shape[1:])
+        return output.as_strided(shape, (self.layout.num_blocks * output.stride(0), *output.stride()))
 
-    def add_to_blocks(self, grad, target):
-        block_size, blocks = target.shape[2], target.flatten(0, 1)
-        for place, piece in enumerate(grad.split(block_size, dim=2)):
-            start = self.first - self.before + place
-            blocks[start : start + len(piece)] += piece.transpose(1, 2)
+    def add(self, grad, target):
+        blocks = self.layout.blocks(target)
+        for place, piece in enumerate(grad.split(self.layout.block_size, dim=2)):
+            start = self.rows.start - self.before + place
+            blocks[:, start : start + self.row_count] += self.to_rows(piece)
 
-    def _windows(self, tokens, block_size):
-        """`[tokens, ...]` -> `[windows, ..., window tokens]`."""
+    def _rows(self, tensor):
+        """`[batch, tokens, ...]` -> `[windows, block, ...]`."""
+        return self.layout.blocks(tensor).flatten(0, 1)[self.first : self.last]
+
+    def _windows(self, tensor):
+        """`[batch, tokens, ...]` -> `[windows, ..., window tokens]`."""
+        block_size = self.layout.block_size
         start, stop = (self.first - self.before) * block_size, (self.last + self.after) * block_size
-        return tokens[start:stop].unfold(0, (self.before + 1 + self.after) * block_size, block_size)
+        tokens = self.layout.blocks(tensor).flatten(0, 2)[start:stop]
+        return tokens.unfold(0, (self.before + 1 + self.after) * block_size, block_size)
 
 
-def _row_groups(pattern: BlockPattern | CausalPattern, query: Tensor) -> list[tuple[list | slice, list[_DensePart]]]:
-    """The rows of the pattern, each in one group, with the parts that the rows of a group read."""
+class _UnreadTokensPart(_DensePart):
+    """Rows that read those global tokens which they would not read otherwise."""
+
+    def __init__(self, layout, rows, pattern, tokens):
+        super().__init__(layout, slice(rows.start, rows.stop))
+        self.pattern, self.tokens = pattern, tokens
+
+    def keys(self, tensor):
+        return self.tokens.take(tensor).transpose(1, 2)
+
+    def key_bias(self, mask_bias):
+        block_size, dtype = self.layout.block_size, torch.float32 if mask_bias is None else mask_bias.dtype
+        rows = (self.rows.start, self.rows.stop)
+        bias = _unread_bias(self.pattern, *rows, self.tokens, mask_bias, block_size, dtype)
+        return bias.transpose(1, 2).repeat_interleave(block_size, dim=2)
+
+    def add(self, grad, target):
+        self.tokens.add(grad.transpose(1, 2), target)
+
+
+class _GlobalTokensPart(_DensePart):
+    """The global tokens, which read everything: n is batch."""
+
+    def __init__(self, layout, tokens):
+        super().__init__(layout, None)
+        self.tokens = tokens
+
+    def queries(self, tensor):
+        return self.tokens.take(tensor).transpose(1, 2)
+
+    def log_sum_exps(self, tensor):
+        log_sum_exps = super().log_sum_exps(tensor)
+        if self.tokens.is_token is None:
+            return log_sum_exps
+        return log_sum_exps.masked_fill(~self.tokens.is_token[:, None], torch.finfo(tensor.dtype).max)
+
+    def to_rows(self, output):
+        return output.transpose(1, 2)
+
+    def put(self, rows, target):
+        self.tokens.put(rows, target)
+
+
+def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout) -> list[list[_DensePart]]:
+    """The rows of the pattern, each in one group: the parts that the rows of a group read."""
     if isinstance(pattern, CausalPattern):
-        return _causal_row_groups(pattern, query)
+        return _causal_row_groups(pattern, query, layout)
     batch, device, dtype = query.shape[0], query.device, score_dtype(query)
     groups = []
-    if pattern.global_blocks:
-        groups.append((pattern.global_blocks, [_DensePart(pattern.global_blocks)]))
+    if pattern.outer_blocks:
+        groups.append([_DensePart(layout, pattern.outer_blocks)])
     inner = pattern.inner_rows
     if not inner:
         inner = range(pattern.last_row, pattern.last_row)
     for rows in (range(pattern.first_row, inner.start), range(inner.stop, pattern.last_row)):
         if rows:
             lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=True)
-            parts = [_GatheredPart(rows, lists, batch)]
-            groups.append((slice(rows.start, rows.stop), parts))
+            groups.append([_GatheredPart(layout, rows, lists, batch)])
+            if tokens is not None:
+                groups[-1].append(_UnreadTokensPart(layout, rows, pattern, tokens))
     if inner:
-        rows = slice(inner.start, inner.stop)
-        parts = [_WindowPart(inner, pattern.num_blocks, batch, pattern.half_window, pattern.half_window)]
-        if pattern.global_blocks:
-            parts.append(_DensePart(rows, pattern.global_blocks, _global_log_counts(pattern, device, dtype)))
+        parts = [_WindowPart(layout, inner, batch, pattern.half_window, pattern.half_window)]
+        if pattern.outer_blocks:
+            rows, log_counts = slice(inner.start, inner.stop), _outer_log_counts(pattern, device, dtype)
+            parts.append(_DensePart(layout, rows, pattern.outer_blocks, log_counts))
         if pattern.random_blocks is not None:
             lists = _list_blocks(pattern, inner.start, inner.stop, device, dtype, structured=False)
-            parts.append(_GatheredPart(inner, lists, batch))
-        groups.append((rows, parts))
+            parts.append(_GatheredPart(layout, inner, lists, batch))
+        if tokens is not None:
+            parts.append(_UnreadTokensPart(layout, inner, pattern, tokens))
+        groups.append(parts)
     return groups
 
 
-def _causal_row_groups(pattern: CausalPattern, query: Tensor) -> list[tuple[slice, list[_DensePart]]]:
+def _causal_row_groups(pattern: CausalPattern, query: Tensor, layout: _Layout) -> list[list[_DensePart]]:
     """The same for a decoder."""
     batch, device, dtype = query.shape[0], query.device, score_dtype(query)
     rows = range(pattern.first_sparse_row, pattern.num_blocks)
     full = slice(0, rows.start)
-    groups = [(full, [_DensePart(full, full, is_causal=True)])]
+    groups = [[_DensePart(layout, full, full, is_causal=True)]]
     if rows:
         before = pattern.window - 1
-        own_block = _causal_bias(query.shape[2], device, dtype, before)
-        parts = [_WindowPart(rows, pattern.num_blocks, batch, before, 0, own_block)]
+        own_block = _causal_bias(layout.block_size, device, dtype, before)
+        parts = [_WindowPart(layout, rows, batch, before, 0, own_block)]
         if pattern.num_leading:
-            parts.append(_DensePart(slice(rows.start, rows.stop), slice(0, pattern.num_leading)))
+            parts.append(_DensePart(layout, slice(rows.start, rows.stop), slice(0, pattern.num_leading)))
         if pattern.random_blocks is not None:
             lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=False)
-            parts.append(_GatheredPart(rows, lists, batch))
-        groups.append((slice(rows.start, rows.stop), parts))
+            parts.append(_GatheredPart(layout, rows, lists, batch))
+        groups.append(parts)
     return groups
 
 
-def _global_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tensor | None:
-    """The logarithm of how many times the rows that are not global read each global block; None for once each."""
+def _outer_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tensor | None:
+    """The logarithm of how many times the rows that are not global read each outer block; None for once each."""
     if not pattern.first_block_extra:
         return None
-    log_counts = torch.zeros(len(pattern.global_blocks), dtype=dtype, device=device)
+    log_counts = torch.zeros(len(pattern.outer_blocks), dtype=dtype, device=device)
     log_counts[0] = math.log1p(pattern.first_block_extra)
     return log_counts
 
 
 class _MergedFlashAttention(torch.autograd.Function):
-    """Block-sparse attention on `[batch, blocks, block, heads, dim]`, from flash attentions that are merged."""
+    """Block-sparse attention on `[batch, tokens, heads, dim]`, from flash attentions that are merged. The global
+    tokens come last: what they read as members of their blocks does not count."""
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, pattern, scaling):
-        batch, block_size = query.shape[0], query.shape[2]
+    def forward(ctx, query, key, value, bias, pattern, tokens, layout, scaling):
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        log_sum_exp = torch.empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-        for rows, parts in _row_groups(pattern, query):
+        log_sum_exp = torch.empty(query.shape[:-1], dtype=score_dtype(query))
+        groups = _row_groups(pattern, query, tokens, layout)
+        if tokens is not None:
+            groups.append([_GlobalTokensPart(layout, tokens)])
+        for parts in groups:
             merged = None
             for part in parts:
                 out, lse = _flash(
@@ -385,44 +514,56 @@ class _MergedFlashAttention(torch.autograd.Function):
                     part.keys(key),
                     part.keys(value),
                     is_causal=part.is_causal,
-                    attn_mask=part.key_bias(bias, block_size),
+                    attn_mask=part.key_bias(bias),
                     scale=scaling,
                 )
-                result = (part.to_rows(t, batch, block_size) for t in (out, lse.unsqueeze(-1)))
+                result = (part.to_rows(t) for t in (out, lse.unsqueeze(-1)))
                 merged = tuple(result) if merged is None else _merge(*merged, *result)
-            output[:, rows], log_sum_exp[:, rows] = merged[0], merged[1].squeeze(-1)
+            part.put(merged[0], output)
+            part.put(merged[1].squeeze(-1), log_sum_exp)
         ctx.save_for_backward(query, key, value, bias, output, log_sum_exp)
-        ctx.pattern, ctx.scaling = pattern, scaling
+        ctx.pattern, ctx.tokens, ctx.layout, ctx.scaling = pattern, tokens, layout, scaling
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, bias, output, log_sum_exp = ctx.saved_tensors
-        batch, block_size = query.shape[0], query.shape[2]
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_key, grad_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
-        for rows, parts in _row_groups(ctx.pattern, query):
-            grad_rows = None
-            for part in parts:
-                grads = _flash_backward(
-                    part.queries(grad_output),
-                    part.queries(query),
-                    part.keys(key),
-                    part.keys(value),
-                    part.queries(output),
-                    part.log_sum_exps(log_sum_exp),
-                    0.0,
-                    part.is_causal,
-                    attn_mask=part.key_bias(bias, block_size),
-                    scale=ctx.scaling,
-                )
-                part_rows = part.to_rows(grads[0], batch, block_size)
-                grad_rows = part_rows if grad_rows is None else grad_rows + part_rows
-                part.add_to_blocks(grads[1], grad_key)
-                part.add_to_blocks(grads[2], grad_value)
-            grad_query[:, rows] = grad_rows
-        return grad_query, grad_key, grad_value, None, None, None
+        *tensors, log_sum_exp = ctx.saved_tensors
+        tokens, layout = ctx.tokens, ctx.layout
+        grads = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors[:3])
+        groups, elsewhere = _row_groups(ctx.pattern, tensors[0], tokens, layout), log_sum_exp
+        if tokens is not None:
+            elsewhere = log_sum_exp.clone()
+            tokens.put(torch.full_like(tokens.take(elsewhere), torch.finfo(elsewhere.dtype).max), elsewhere)
+        for parts in groups:
+            _add_gradients(grads, parts, grad_output, *tensors, elsewhere, ctx.scaling)
+        if tokens is not None:
+            _add_gradients(grads, [_GlobalTokensPart(layout, tokens)], grad_output, *tensors, log_sum_exp, ctx.scaling)
+        return *grads, None, None, None, None, None
+
+
+def _add_gradients(grads, parts, grad_output, query, key, value, bias, output, log_sum_exp, scaling) -> None:
+    """Adds to `grads`, of queries, keys and values, what comes to them through a group of rows."""
+    grad_query, grad_key, grad_value = grads
+    grad_rows = None
+    for part in parts:
+        part_grads = _flash_backward(
+            part.queries(grad_output),
+            part.queries(query),
+            part.keys(key),
+            part.keys(value),
+            part.queries(output),
+            part.log_sum_exps(log_sum_exp),
+            0.0,
+            part.is_causal,
+            attn_mask=part.key_bias(bias),
+            scale=scaling,
+        )
+        part_rows = part.to_rows(part_grads[0])
+        grad_rows = part_rows if grad_rows is None else grad_rows + part_rows
+        part.add(part_grads[1], grad_key)
+        part.add(part_grads[2], grad_value)
+    part.put(grad_rows, grad_query)
 
 
 def _merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

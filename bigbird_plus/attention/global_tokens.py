@@ -1,0 +1,95 @@
+"""Single tokens that read everything and are read by all: those that a user chose, and those that stand for the whole
+input without being part of it (the extra tokens of ETC, arXiv 2004.08483)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .masks import is_tracing
+
+
+class GlobalTokens(NamedTuple):
+    """The global tokens of a batch, besides those of a pattern's global blocks.
+
+    A chosen token reads every token once. Any other token reads it as often as the pattern says, and once if the
+    pattern says never.
+
+    Attributes:
+        places: `int64`, `[batch, tokens]`: where they stand in the input, each once, but for what fills up the rows of
+            those documents that have fewer.
+        is_token: `bool`, `[batch, tokens]`, False for what fills up; None where nothing does.
+        num_extra: how many tokens at the end of the input, behind its last block, are such extra ones. They are in
+            `places`, too.
+    """
+
+    places: Tensor
+    is_token: Tensor | None
+    num_extra: int
+
+    def mask(self, length: int) -> Tensor:
+        """`bool`, `[batch, length]`: whether a token is a global one."""
+        is_token = torch.ones_like(self.places) if self.is_token is None else self.is_token.long()
+        return self.places.new_zeros(len(self.places), length).scatter_add(1, self.places, is_token) > 0
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """`[batch, length, ...]` -> `[batch, tokens, ...]`."""
+        return tensor[self._rows(), self.places]
+
+    def add(self, tokens: Tensor, target: Tensor) -> None:
+        """The transpose of `take`: adds `[batch, tokens, ...]` to where it comes from in `target`."""
+        target.index_put_((self._rows(), self.places), tokens, accumulate=True)
+
+    def put(self, tokens: Tensor, tensor: Tensor) -> Tensor:
+        """`tensor`, `[batch, length, ...]`, with `tokens`, `[batch, tokens, ...]`, in the global places."""
+        rows, places = self._rows().expand_as(self.places), self.places
+        if self.is_token is not None:
+            rows, places, tokens = rows[self.is_token], places[self.is_token], tokens[self.is_token]
+        return tensor.index_put((rows, places), tokens)
+
+    def with_blocks(self, blocks: tuple[int, ...], block_size: int) -> "GlobalTokens":
+        """These and all tokens of some blocks."""
+        if not blocks:
+            return self
+        batch, device = len(self.places), self.places.device
+        blocks = torch.tensor(blocks, device=device)
+        more = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).flatten().expand(batch, -1)
+        is_new = torch.isin(self.places // block_size, blocks, invert=True)
+        is_token = is_new if self.is_token is None else is_new & self.is_token
+        is_token = torch.cat((is_token, torch.ones_like(more, dtype=torch.bool)), dim=1)
+        return GlobalTokens(torch.cat((self.places, more), dim=1), is_token, self.num_extra)
+
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.places), device=self.places.device)[:, None]
+
+
+def no_global_tokens(batch: int, device) -> GlobalTokens:
+    """None at all."""
+    return GlobalTokens(torch.empty(batch, 0, dtype=torch.int64, device=device), None, 0)
+
+
+def find_global_tokens(chosen: Tensor | None, num_extra: int, batch: int, length: int, device) -> GlobalTokens | None:
+    """The global tokens of an input, None if there are none.
+
+    Args:
+        chosen: `bool`, `[batch, up to length]`: which tokens are global; None for none.
+        num_extra: extra tokens behind the blocks of the input.
+        length: tokens in the blocks of the input.
+
+    Raises:
+        ValueError: if a graph is being traced: how many tokens are chosen must be known.
+    """
+    extra = torch.arange(length, length + num_extra, device=device).expand(batch, -1)
+    most = 0
+    if chosen is not None:
+        if is_tracing():
+            raise ValueError(
+                "global_attention_mask cannot be used under torch.compile, torch.export or torch.jit.trace, where the "
+                "number of tokens that it chooses is not known. Leave it out, or run the model as it is."
+            )
+        most = int(chosen.sum(-1).max())
+    if not most:
+        return GlobalTokens(extra, None, num_extra) if num_extra else None
+    places = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    is_token = torch.cat((chosen.gather(1, places), torch.ones_like(extra, dtype=torch.bool)), dim=1)
+    return GlobalTokens(torch.cat((places, extra), dim=1), is_token, num_extra)
