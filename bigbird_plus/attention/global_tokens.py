@@ -40,12 +40,12 @@ class GlobalTokens(NamedTuple):
         """The transpose of `take`: adds `[batch, tokens, ...]` to where it comes from in `target`."""
         target.index_put_((self._rows(), self.places), tokens, accumulate=True)
 
-    def put(self, tokens: Tensor, tensor: Tensor) -> Tensor:
-        """`tensor`, `[batch, length, ...]`, with `tokens`, `[batch, tokens, ...]`, in the global places."""
+    def put(self, tokens: Tensor, target: Tensor) -> None:
+        """Writes `[batch, tokens, ...]` to the global places of `target`, `[batch, length, ...]`."""
         rows, places = self._rows().expand_as(self.places), self.places
         if self.is_token is not None:
             rows, places, tokens = rows[self.is_token], places[self.is_token], tokens[self.is_token]
-        return tensor.index_put((rows, places), tokens)
+        target.index_put_((rows, places), tokens)
 
     def with_blocks(self, blocks: tuple[int, ...], block_size: int) -> "GlobalTokens":
         """These and all tokens of some blocks."""

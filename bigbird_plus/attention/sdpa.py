@@ -396,17 +396,16 @@ class _WindowPart(_DensePart):
 class _UnreadTokensPart(_DensePart):
     """Rows that read those global tokens which they would not read otherwise."""
 
-    def __init__(self, layout, rows, pattern, tokens):
+    def __init__(self, layout, rows, pattern, tokens, dtype):
         super().__init__(layout, slice(rows.start, rows.stop))
-        self.pattern, self.tokens = pattern, tokens
+        self.pattern, self.tokens, self.dtype = pattern, tokens, dtype
 
     def keys(self, tensor):
         return self.tokens.take(tensor).transpose(1, 2)
 
     def key_bias(self, mask_bias):
-        block_size, dtype = self.layout.block_size, torch.float32 if mask_bias is None else mask_bias.dtype
-        rows = (self.rows.start, self.rows.stop)
-        bias = _unread_bias(self.pattern, *rows, self.tokens, mask_bias, block_size, dtype)
+        rows, block_size = (self.rows.start, self.rows.stop), self.layout.block_size
+        bias = _unread_bias(self.pattern, *rows, self.tokens, mask_bias, block_size, self.dtype)
         return bias.transpose(1, 2).repeat_interleave(block_size, dim=2)
 
     def add(self, grad, target):
@@ -452,7 +451,7 @@ def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout) ->
             lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=True)
             groups.append([_GatheredPart(layout, rows, lists, batch)])
             if tokens is not None:
-                groups[-1].append(_UnreadTokensPart(layout, rows, pattern, tokens))
+                groups[-1].append(_UnreadTokensPart(layout, rows, pattern, tokens, dtype))
     if inner:
         parts = [_WindowPart(layout, inner, batch, pattern.half_window, pattern.half_window)]
         if pattern.outer_blocks:
@@ -462,7 +461,7 @@ def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout) ->
             lists = _list_blocks(pattern, inner.start, inner.stop, device, dtype, structured=False)
             parts.append(_GatheredPart(layout, inner, lists, batch))
         if tokens is not None:
-            parts.append(_UnreadTokensPart(layout, inner, pattern, tokens))
+            parts.append(_UnreadTokensPart(layout, inner, pattern, tokens, dtype))
         groups.append(parts)
     return groups
 

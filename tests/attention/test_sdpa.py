@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bigbird_plus import Sparsity
 from bigbird_plus.attention import eager, sdpa
+from bigbird_plus.attention.global_tokens import find_global_tokens
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,12 +22,16 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
         num_random_blocks=r,
         num_sliding_window_blocks=window,
         num_global_blocks=num_global,
+        global_block_indices=others.get("indices"),
+        different_layout_per_head=others.get("different_layouts", True),
     )
     num_blocks = sparsity.full_attention_length // block + extra_blocks
     return {
         "pattern": sparsity.pattern(num_blocks, layer_idx=1, training=others.get("training", False)),
-        "shape": (batch, heads, num_blocks * block, head_dim),
+        "shape": (batch, heads, num_blocks * block + others.get("extra", 0), head_dim),
         "padding": others.get("padding", "none"),
+        "extra": others.get("extra", 0),
+        "chosen": others.get("chosen", 0),
         "seed": others.get("seed", 0),
     }
 
@@ -34,9 +39,14 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
 @st.composite
 def cases(draw):
     batch = draw(st.integers(1, 3))
+    indices = draw(st.none() | st.lists(st.integers(-12, 30), max_size=4))
     return case(
         window=draw(st.sampled_from([1, 3, 5, 7])),
-        num_global=draw(st.integers(0, 4)),
+        num_global=draw(st.integers(0, 4)) if indices is None else 2,
+        indices=indices,
+        different_layouts=draw(st.booleans()),
+        extra=draw(st.sampled_from([0, 0, 1, 5])),
+        chosen=draw(st.sampled_from([0, 0, 0.05, 0.5])),
         r=draw(st.integers(0, 3)),
         block=draw(st.sampled_from([1, 2, 3, 8, 16])),
         extra_blocks=draw(st.integers(1, 6)),
@@ -62,10 +72,22 @@ def padding_mask(kind, batch, length, generator):
     return mask.flip(1) if kind == "left" else mask
 
 
-def run(function, tensors, dtype, pattern, mask, weight):
+def mask_and_tokens(case, generator):
+    """Which tokens are real, and which of them are global."""
+    batch, _, length, _ = case["shape"]
+    length -= case["extra"]
+    mask, chosen = padding_mask(case["padding"], batch, length, generator), None
+    if case["chosen"]:
+        chosen = torch.rand(batch, length, generator=generator) < case["chosen"]
+        chosen = chosen if mask is None else chosen & mask
+    tokens = find_global_tokens(chosen, case["extra"], batch, length, torch.device("cpu"))
+    return mask if mask is None else torch.nn.functional.pad(mask, (0, case["extra"]), value=True), tokens
+
+
+def run(function, tensors, dtype, pattern, mask, weight, tokens=None):
     """Output and gradients of an engine, in float64. The gradient is that of a weighted sum."""
     tensors = [tensor.to(dtype).requires_grad_() for tensor in tensors]
-    output = function(*tensors, pattern, mask, scaling=tensors[0].shape[-1] ** -0.5)
+    output = function(*tensors, pattern, mask, tokens, scaling=tensors[0].shape[-1] ** -0.5)
     output = output[0] if isinstance(output, tuple) else output
     assert output.dtype is dtype
     grads = torch.autograd.grad((output * weight.to(dtype)).sum(), tensors)
@@ -77,11 +99,12 @@ def check_against_definition(case, dtype, *, merges):
     generator = torch.Generator().manual_seed(case["seed"])
     tensors = [torch.randn(case["shape"], generator=generator).to(dtype).double() for _ in range(3)]
     weight = torch.randn(case["shape"], generator=generator).to(dtype)
-    mask = padding_mask(case["padding"], case["shape"][0], case["shape"][2], generator)
-    exact = run(eager.block_sparse_attention, tensors, torch.float64, case["pattern"], mask, weight)
-    definition = run(eager.block_sparse_attention, tensors, dtype, case["pattern"], mask, weight)
+    mask, tokens = mask_and_tokens(case, generator)
+    arguments = (case["pattern"], mask, weight, tokens)
+    exact = run(eager.block_sparse_attention, tensors, torch.float64, *arguments)
+    definition = run(eager.block_sparse_attention, tensors, dtype, *arguments)
     with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
-        engine = run(sdpa.block_sparse_attention, tensors, dtype, case["pattern"], mask, weight)
+        engine = run(sdpa.block_sparse_attention, tensors, dtype, *arguments)
     for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
         size = a.abs().max().clamp(min=1)
         # float32 scores, weights and sums are each rounded, where a reduced dtype rounds the result alone
@@ -97,7 +120,10 @@ def check_against_definition(case, dtype, *, merges):
 @example(case=case(7, 1, 0, extra_blocks=1), dtype=torch.float64)
 @example(case=case(1, 0, 0, block=16, padding="everything"), dtype=torch.float16)
 @example(case=case(5, 3, 2, padding="anywhere", training=True, batch=3), dtype=torch.float64)
-@settings(max_examples=60)
+@example(case=case(r=1, chosen=0.2, extra=3, padding="left", training=True, batch=3), dtype=torch.float64)
+@example(case=case(r=1, indices=[0, 4, 7, -3, 40], chosen=0.2, training=True, batch=2), dtype=torch.float64)
+@example(case=case(r=2, indices=[], extra=1, different_layouts=False, training=True), dtype=torch.float32)
+@settings(max_examples=100)
 def test_agrees_with_the_definition(case, dtype, merges):
     check_against_definition(case, dtype, merges=merges)
 
@@ -141,15 +167,17 @@ def test_large_scores_stay_finite(dtype, merges):
 
 @pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
 def test_gradients_are_those_of_finite_differences(merges):
-    settings = case(3, 2, 1, block=2, extra_blocks=2, heads=2, batch=2, head_dim=8, training=True)
+    settings = case(3, 2, 1, block=2, extra_blocks=2, indices=[0, 5], extra=2, training=True)
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(settings["shape"], dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)
     ]
     mask = torch.arange(settings["shape"][2]) < torch.tensor([[18], [5]])
+    mask[:, -2:] = True
+    tokens = find_global_tokens(mask[:, :-2] & (torch.arange(18) % 4 == 1), 2, 2, 18, torch.device("cpu"))
     with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
         assert torch.autograd.gradcheck(
-            lambda *qkv: sdpa.block_sparse_attention(*qkv, settings["pattern"], mask, scaling=0.3),
+            lambda *qkv: sdpa.block_sparse_attention(*qkv, settings["pattern"], mask, tokens, scaling=0.3),
             tensors,
             fast_mode=True,
         )
