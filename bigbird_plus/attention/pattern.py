@@ -49,6 +49,10 @@ class Sparsity:
             check_whole_number(name, getattr(self, name), 1)
         for name in ("num_random_blocks", "num_global_blocks"):
             check_whole_number(name, getattr(self, name), 0)
+        if self.different_layout_per_head not in (True, False):
+            raise ValueError(
+                f"different_layout_per_head must be True or False, but is {self.different_layout_per_head!r}."
+            )
         if self.num_sliding_window_blocks % 2 == 0:
             raise ValueError(
                 "num_sliding_window_blocks must be odd (as many blocks before a block as behind it), "
