@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .peers import make_pair, random_ids, random_inputs
+from .peers import make_model, make_pair, random_ids, random_inputs
 
 LENGTHS = (128, 130, 200, 88, 41)
 
@@ -61,3 +61,13 @@ def test_inductor():
     with torch.no_grad():
         actual, expected = (run(ids).last_hidden_state for run in (compiled, model))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_extra_tokens_and_blocks_by_index():
+    fields = {"num_extra_global_tokens": 3, "global_block_indices": [0, 4, -2], "num_random_blocks": 1}
+    model = make_model(num_hidden_layers=1, **fields)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=CountingBackend())
+    for length in (128, 131, 200, 40):
+        ids = random_ids(2, length)
+        actual, expected = (run(ids).last_hidden_state for run in (compiled, model))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

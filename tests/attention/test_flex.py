@@ -99,6 +99,14 @@ def test_nothing_is_looked_up_where_nothing_is_read_again():
     assert flex._make_plan(WIDE.pattern(14), 2, torch.device("cpu")).again is None
 
 
+def test_blocks_that_are_global_by_index_are_read():
+    sparsity = Sparsity(num_attention_heads=2, block_size=32, num_random_blocks=1, global_block_indices=(0, 5, -3))
+    pattern = sparsity.pattern(14)
+    reads, again = flex._make_plan(pattern, 2, torch.device("cpu"))
+    assert again is None
+    np.testing.assert_array_equal(reads[0].long(), pattern.counts)
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 48])
 def test_other_block_sizes_are_refused(block_size):
     tensors = random_tensors(1, 12 * block_size)
