@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import bigbird_plus
 from bigbird_plus import BigBirdConfig, BigBirdModel, Sparsity
@@ -230,6 +232,24 @@ def test_multiple_choice_passes_the_chosen_tokens_of_each_choice_on():
     with torch.no_grad():
         difference = model(ids).logits - model(ids, global_attention_mask=chosen).logits
     assert (difference != 0).nonzero().tolist() == [[1, 2]]
+
+
+def test_trainer_and_tokenizer_keep_the_mask(checkpoint, tmp_path):
+    """From rows of a data set to the model: `Trainer` drops columns that are no argument of `forward`."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rows = [dict(tokenizer(text)) for text in ("The lamp", "A lamp in the window")]
+    for row in rows:
+        row.update(global_attention_mask=[1] + [0] * (len(row["input_ids"]) - 1), label=0, text="dropped")
+    model = make_model("BigBirdForSequenceClassification", vocab_size=len(tokenizer)).float()
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer.predict(Dataset.from_list(rows))
+    (inputs,) = seen
+    assert "text" not in inputs
+    assert inputs["global_attention_mask"].sum(-1).tolist() == [1, 1]
+    assert inputs["global_attention_mask"].shape == inputs["input_ids"].shape
 
 
 def test_the_tokens_of_the_question_can_be_global():
