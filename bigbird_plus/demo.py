@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import torch
+
+from .attention import full_engine, sparse_engine
 from .attention.pattern import Sparsity
 
 DATA = Path(__file__).parent / "data"
@@ -36,8 +39,16 @@ def mask_words(text: str, mask_token: str, count: int) -> tuple[str, list[re.Mat
 
 
 def attention_in_use(model, length: int) -> tuple[str, str]:
-    """The attention type and the implementation with which a BigBird reads an input of `length` tokens."""
-    attention_type = model.base_model.attention_type
-    if length <= Sparsity.from_config(model.config).full_attention_length:
-        attention_type = "original_full"
-    return attention_type, model.config._attn_implementation
+    """How a BigBird encoder reads `length` tokens, in training if it is in that mode, else without gradients.
+
+    Returns:
+        The attention type, and the engine that computes it. That need not be `attn_implementation`, which falls back
+        to another where it cannot.
+    """
+    config, attention_type = model.config, model.base_model.attention_type
+    states = torch.empty(0, dtype=model.dtype, device=model.device, requires_grad=model.training)
+    if attention_type == "block_sparse" and length > Sparsity.from_config(config).full_attention_length:
+        name, has_extra = config._attn_implementation, config.num_extra_global_tokens > 0
+        return attention_type, sparse_engine(name, states, states, states, has_global_tokens=has_extra)
+    dropout = config.attention_probs_dropout_prob if model.training else 0.0
+    return "original_full", full_engine(config._attn_implementation, states, dropout)

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModel
 
 from . import __version__
+from .attention import sparse_engine
 from .configuration_big_bird import BigBirdConfig
+from .demo import attention_in_use
 from .linear import prefers_onednn
 from .modeling_big_bird import BigBirdModel
 
@@ -28,7 +30,9 @@ def describe_environment() -> dict[str, str]:
         "CPU threads of torch": str(torch.get_num_threads()),
         "AutoModel gives": _auto_model(),
         "float32 linear layers": "oneDNN" if prefers_onednn(torch.ones(1)) else "torch's default",
-        "default attention type, implementation": _attention(),
+        "default attention type, implementation": ", ".join(_default_attention()),
+        "block-sparse flex_attention is": _sparse_engines("flex_attention"),
+        "block-sparse flash_attention_2 is": _sparse_engines("flash_attention_2"),
     }
 
 
@@ -61,7 +65,15 @@ def _auto_model() -> str:
     return f"{model_class.__module__}.{model_class.__name__}"
 
 
-def _attention() -> str:
+def _default_attention() -> tuple[str, str]:
     with torch.device("meta"):
-        model = BigBirdModel(BigBirdConfig(num_hidden_layers=1))
-    return f"{model.attention_type}, {model.config._attn_implementation}"
+        model = BigBirdModel(BigBirdConfig(num_hidden_layers=1)).eval()
+    return attention_in_use(model, length=model.config.max_position_embeddings)
+
+
+def _sparse_engines(implementation: str) -> str:
+    """What computes block-sparse attention under a name on this machine, in inference and in training."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inference, training = (torch.empty(0, device=device, requires_grad=learns) for learns in (False, True))
+    engines = [sparse_engine(implementation, states, states, states) for states in (inference, training)]
+    return engines[0] if engines[0] == engines[1] else f"{engines[0]}, and {engines[1]} in training"

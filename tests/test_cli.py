@@ -73,6 +73,12 @@ def test_env(capsys):
     assert re.search(rf"transformers +{re.escape(transformers.__version__)}\s", shown)
     assert re.search(r"AutoModel gives +bigbird_plus", shown)
     assert re.search(r"default attention type, implementation +block_sparse, sdpa", shown)
+    assert re.search(r"block-sparse flash_attention_2 is +sdpa", shown)
+
+
+def test_env_on_a_cpu_tells_training_apart(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.search(r"block-sparse flex_attention is +flex_attention, and sdpa in training", run(capsys, "env"))
 
 
 def predictions(shown: str) -> list[tuple[str, str]]:

@@ -65,6 +65,25 @@ def make_sparse_input(
     return SparseInput(sparsity, num_blocks, mask, global_tokens)
 
 
+def sparse_engine(
+    implementation: str, query: Tensor, key: Tensor, value: Tensor, *, has_global_tokens: bool = False
+) -> str:
+    """The engine that computes block-sparse attention under a name: `"eager"` and `"flex_attention"` under their own,
+    `"sdpa"` under every other, where FlexAttention has no kernel (as for single global tokens), and while a graph
+    is traced."""
+    wants_flex = implementation == "flex_attention" and not has_global_tokens and not is_tracing()
+    if wants_flex and flex.has_kernel(query, key, value):
+        return "flex_attention"
+    return "eager" if implementation == "eager" else "sdpa"
+
+
+def full_engine(implementation: str, query: Tensor, dropout: float = 0.0) -> str:
+    """The function, by the name that transformers has for it, that computes full attention under a name."""
+    if implementation == "flex_attention" and (query.device.type == "cpu" or dropout):
+        return "sdpa"  # the other fails there: with masks, gradients or dropout
+    return implementation
+
+
 def attend_sparsely(
     query: Tensor,
     key: Tensor,
@@ -77,8 +96,7 @@ def attend_sparsely(
     implementation: str,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Block-sparse attention by an engine of ours: `"eager"`, `"flex_attention"`, or `"sdpa"` for every other name,
-    where FlexAttention has no kernel (for single global tokens, for one), and while a graph is traced.
+    """Block-sparse attention by an engine of ours, that which `sparse_engine` names.
 
     Asking a linear engine for probabilities computes them besides: the context stays the same to the bit.
 
@@ -87,11 +105,11 @@ def attend_sparsely(
         None unless `output_attentions`.
     """
     arguments = (query, key, value, pattern, key_mask, global_tokens)
-    if implementation == "eager":
+    engine = sparse_engine(implementation, query, key, value, has_global_tokens=global_tokens is not None)
+    if engine == "eager":
         context, probabilities = eager.block_sparse_attention(*arguments, scaling=scaling)
         return context, probabilities if output_attentions else None
-    wants_flex = implementation == "flex_attention" and global_tokens is None and not is_tracing()
-    if wants_flex and flex.has_kernel(query, key, value):
+    if engine == "flex_attention":
         context = flex.block_sparse_attention(query, key, value, pattern, key_mask, scaling=scaling)
     else:
         context = sdpa.block_sparse_attention(*arguments, scaling=scaling)
@@ -112,8 +130,7 @@ def attend_fully(
     dropout: float = 0.0,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Full attention, through the functions that transformers has under `implementation`; where its `"flex_attention"`
-    cannot, `"sdpa"` serves.
+    """Full attention, through the function of transformers that `full_engine` names.
 
     Args:
         module: the attention module; its `is_causal` tells whether a query without a mask reads earlier keys only.
@@ -127,11 +144,9 @@ def attend_fully(
     if implementation == "eager":
         context, probabilities = eager.dense_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
         return context, probabilities if output_attentions else None
-    if implementation == "flex_attention":
-        if query.device.type == "cpu" or dropout:  # fails there: with masks, gradients or dropout
-            implementation = "sdpa"
-        elif mask is not None:
-            mask = mask.expand(query.shape[0], -1, query.shape[2], -1)
+    implementation = full_engine(implementation, query, dropout)
+    if implementation == "flex_attention" and mask is not None:
+        mask = mask.expand(query.shape[0], -1, query.shape[2], -1)
     function = ALL_ATTENTION_FUNCTIONS[implementation]
     context, _ = function(module, query, key, value, mask, dropout=dropout, scaling=scaling)
     probabilities = None

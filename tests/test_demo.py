@@ -1,0 +1,51 @@
+"""What the demo says of itself is what runs."""
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bigbird_plus import attention
+from bigbird_plus.attention import flex, sdpa
+from bigbird_plus.demo import attention_in_use
+
+from .peers import make_model, random_ids
+
+
+@pytest.fixture
+def engines_that_ran(monkeypatch):
+    """Names of the engines, in the order of their calls. The one of FlexAttention, which takes long to compile, is
+    stood in for by another."""
+    ran = []
+
+    def watch(name, function):
+        def call(*args, **kwargs):
+            ran.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    engine, dense = sdpa.block_sparse_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setattr(sdpa, "block_sparse_attention", watch("sdpa", engine))
+    monkeypatch.setattr(flex, "block_sparse_attention", watch("flex_attention", engine))
+    for name in ("block_sparse_attention", "dense_attention"):
+        monkeypatch.setattr(attention.eager, name, watch("eager", getattr(attention.eager, name)))
+    full = {name: watch(name, dense) for name in ("sdpa", "flex_attention", "flash_attention_2")}
+    monkeypatch.setattr(attention, "ALL_ATTENTION_FUNCTIONS", full)
+    return ran
+
+
+@pytest.mark.parametrize("num_extra_global_tokens", [0, 2])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("length", [88, 96])
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_attention_in_use(implementation, attention_type, length, training, num_extra_global_tokens, engines_that_ran):
+    settings = {"attention_type": attention_type, "num_extra_global_tokens": num_extra_global_tokens}
+    model = make_model(num_hidden_layers=1, **settings).train(training)
+    model.config._attn_implementation_internal = implementation  # also one that is not installed
+    with torch.set_grad_enabled(training):
+        model(random_ids(1, length))
+        named = attention_in_use(model, length)
+    read_in_full = length == 88 or attention_type == "original_full"
+    assert named == ("original_full" if read_in_full else "block_sparse", engines_that_ran[0])
+    assert set(engines_that_ran) == {named[1]}
