@@ -6,6 +6,7 @@ from .auto import register, unregister
 from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
 from .demo import demo_checkpoint
+from .heatmap import plot_attention
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
 from .modeling_heads import (
     BigBirdForCausalLM,
@@ -45,6 +46,7 @@ __all__ = [
     "block_sparse_attention",
     "convert_checkpoint",
     "demo_checkpoint",
+    "plot_attention",
     "register",
     "unregister",
 ]

@@ -4,8 +4,9 @@ import json
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import transformers
 import typer
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -26,6 +28,8 @@ from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
 from .demo import attention_in_use, demo_checkpoint, document, mask_words
 from .environment import describe_environment
+from .heatmap import check_index, layer_attention
+from .heatmap import plot_attention as draw_attention
 
 app = typer.Typer(help="BigBird for transformers: long documents in linear time.", add_completion=False)
 
@@ -94,10 +98,12 @@ def fill_mask(
 ) -> None:
     """Predict the words that a text has [MASK] for."""
     tokenizer = _load(AutoTokenizer, model)
-    text = sys.stdin.read().strip() if text is None else text
+    text = _read_text(sys.stdin).strip() if text is None else text
     if tokenizer.mask_token is None or tokenizer.mask_token not in text:
         raise ValueError(f"The text must have {tokenizer.mask_token or 'a mask token'} in the place of a word.")
     fill = pipeline("fill-mask", model=_load(AutoModelForMaskedLM, model), tokenizer=tokenizer, top_k=top_k)
+    if top_k > fill.model.config.vocab_size:
+        raise ValueError(f"--top-k must be at most {fill.model.config.vocab_size}, all there are, but is {top_k}.")
     predictions = fill(text)
     predictions = predictions if isinstance(predictions[0], list) else [predictions]
     table = Table("mask", "word", "probability")
@@ -110,29 +116,79 @@ def fill_mask(
 @app.command()
 def plot_attention(
     output: Annotated[Path, typer.Argument(help="The picture to write.")] = Path("attention.png"),
-    model: Annotated[str | None, typer.Option(help="Whose pattern: a local folder, or a name on the Hub.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the input.")] = 4096,
-    layer: Annotated[int, typer.Option(min=0, help="Layer whose random blocks are shown.")] = 0,
-    head: Annotated[int, typer.Option(min=0, help="Head whose random blocks are shown.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Whose: a local folder, or a name on the Hub.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, max=65536, help="Tokens of the input. Default: as many as the model reads.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Default: the first; with --heatmap, the last.")] = None,
+    head: Annotated[int | None, typer.Option(help="Default: the first; with --heatmap, the mean of all.")] = None,
     evaluation: Annotated[
         bool, typer.Option("--evaluation", help="Show what is read in evaluation, not in training.")
     ] = False,
+    heatmap: Annotated[
+        bool, typer.Option("--heatmap", help="Show how much the tokens of a text read of each other (in evaluation).")
+    ] = False,
+    document: Annotated[
+        typer.FileText | None,
+        typer.Option(encoding="utf-8", help="The text for --heatmap: a file. Default: standard input."),
+    ] = None,
 ) -> None:
-    """Draw which blocks of an input read which, and why."""
-    config = BigBirdConfig() if model is None else _load(AutoConfig, model)
-    if not isinstance(config, BigBirdConfig):
-        raise ValueError(f"--model must be a BigBird, but {model} is a {config.model_type}.")
+    """Draw which blocks of an input read which, and why; or who reads whom in a text."""
+    _check_folder(output)
+    output = output if output.suffix else output.with_name(f"{output.name}.png")
+    if heatmap:
+        axes = _draw_heatmap(model, document or sys.stdin, length, layer, head)
+    elif document is not None:
+        raise ValueError("--document is for --heatmap, which is not given.")
+    else:
+        axes = _draw_pattern(model, length, layer or 0, head or 0, training=not evaluation)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        axes.figure.savefig(output, dpi=150)
+    print(output)
+
+
+def _draw_pattern(model: str | None, length: int | None, layer: int, head: int, training: bool):
+    config = BigBirdConfig() if model is None else _load_config(model)
+    if length is None:
+        length = config.max_position_embeddings
+    elif model is not None:
+        _check_length("--length", length, config)
+    check_index("layer", layer, config.num_hidden_layers)
+    check_index("head", head, config.num_attention_heads)
     sparsity = Sparsity.from_config(config)
     if length <= sparsity.full_attention_length:
         raise ValueError(
             f"--length must be more than {sparsity.full_attention_length}, but is {length}: "
             "shorter inputs are read in full."
         )
-    pattern = sparsity.pattern(-(-length // sparsity.block_size), layer_idx=layer, training=not evaluation)
+    pattern = sparsity.pattern(-(-length // sparsity.block_size), layer_idx=layer, training=training)
     axes = pattern.plot(head=head)
     axes.set_title(f"{length:,} tokens in blocks of {sparsity.block_size}")
-    axes.figure.savefig(output, dpi=150)
-    print(output)
+    return axes
+
+
+def _draw_heatmap(model: str | None, file: TextIO, length: int | None, layer: int | None, head: int | None):
+    if model is None:
+        raise ValueError("--heatmap needs --model: a local folder, or a name on the Hub.")
+    config, tokenizer, text = _load_config(model), _load(AutoTokenizer, model), _read_text(file)
+    if not text.strip():
+        raise ValueError("The text for --heatmap is empty. Give a file by --document, or standard input.")
+    input_ids = tokenizer(text, truncation=length is not None, max_length=length, return_tensors="pt").input_ids
+    _check_length("--length, or else the text,", input_ids.shape[1], config)
+    bigbird = _load(AutoModel, model)
+    probabilities = layer_attention(bigbird, input_ids, layer, head)
+    axes = draw_attention(probabilities, tokenizer.convert_ids_to_tokens(input_ids[0]))
+    of_layer = config.num_hidden_layers - 1 if layer is None else layer
+    axes.set_title(f"layer {of_layer}, {'mean of all heads' if head is None else f'head {head}'}")
+    return axes
+
+
+def _check_length(what: str, length: int, config: BigBirdConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{what} must have at most the model's {config.max_position_embeddings} tokens, but has {length}."
+        )
 
 
 @app.command()
@@ -192,7 +248,7 @@ def qa(
         model=_load(AutoModelForQuestionAnswering, model),
         tokenizer=_load(AutoTokenizer, model),
     )
-    found = answer(question=question, context=document.read(), top_k=top_k, handle_impossible_answer=no_answer)
+    found = answer(question=question, context=_read_text(document), top_k=top_k, handle_impossible_answer=no_answer)
     table = Table("answer", "characters", "score")
     for best in [found] if isinstance(found, dict) else found:
         place = f"{best['start']} to {best['end']}"
@@ -215,14 +271,31 @@ def _number(text: str, option: str) -> int:
 def _check_folder(file: Path) -> None:
     if not file.parent.is_dir():
         raise ValueError(f"There is no folder to write {file} to.")
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder. Give the name of a file to write.")
+
+
+def _read_text(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is no text in UTF-8: {error}") from error
 
 
 def _load(auto_class, name: str):
-    """What transformers has under a name, or an error that begins with it."""
+    """What transformers has under a name, or an error that begins with it. Broken files raise errors of many kinds:
+    safetensors', pickle's, and of tokenizers a plain `Exception`."""
     try:
         return auto_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"--model {name}: {error}") from error
+
+
+def _load_config(name: str) -> BigBirdConfig:
+    config = _load(AutoConfig, name)
+    if not isinstance(config, BigBirdConfig):
+        raise ValueError(f"--model must be a BigBird, but {name} is a {config.model_type}.")
+    return config
 
 
 def _in_one_line(predictions: list[dict]) -> Text:

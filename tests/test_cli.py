@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import transformers
 import bigbird_plus
 from bigbird_plus.cli import main
 from bigbird_plus.demo import document, mask_words
+from bigbird_plus.heatmap import layer_attention
 
 SENTENCE = "Plants create [MASK] through a process known as photosynthesis."
 
@@ -112,6 +114,57 @@ def test_plot_attention_of_a_model(capsys, tmp_path, checkpoint):
     assert "4,096 tokens in blocks of 64" in (tmp_path / "a.svg").read_text()
 
 
+def test_plot_attention_as_long_as_the_model_reads(capsys, tmp_path):
+    demo = bigbird_plus.demo_checkpoint()
+    assert run(capsys, "plot-attention", tmp_path / "a", "--model", demo) == f"{tmp_path / 'a.png'}\n"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    run(capsys, "plot-attention", tmp_path / "a.svg", "--model", demo)
+    assert "2,048 tokens in blocks of 32" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.fixture
+def plotted(monkeypatch):
+    """What the command has drawn: pairs of probabilities and tokens."""
+    calls = []
+
+    def draw(*arguments):
+        calls.append(arguments)
+        return bigbird_plus.plot_attention(*arguments)
+
+    monkeypatch.setattr("bigbird_plus.cli.draw_attention", draw)
+    return calls
+
+
+def demo_attention(length=None, **which):
+    """What the demo checkpoint reads of (the beginning of) its document, and the document's tokens."""
+    demo = bigbird_plus.demo_checkpoint()
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(demo), transformers.AutoModel.from_pretrained(demo)
+    ids = tokenizer(document(), truncation=length is not None, max_length=length, return_tensors="pt").input_ids
+    return layer_attention(model, ids, **which), tokenizer.convert_ids_to_tokens(ids[0])
+
+
+def test_heatmap_of_a_file(capsys, tmp_path, plotted):
+    picture, demo = tmp_path / "heatmap.png", bigbird_plus.demo_checkpoint()
+    shown = run(capsys, "plot-attention", picture, "--heatmap", "--model", demo, "--document", demo / "excerpt.txt")
+    assert shown == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    ((probabilities, tokens),) = plotted
+    expected, expected_tokens = demo_attention()
+    assert tokens == expected_tokens
+    assert torch.equal(probabilities, expected)
+
+
+def test_heatmap_of_standard_input_for_one_head(capsys, tmp_path, monkeypatch, plotted):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(document()))
+    options = ["--model", bigbird_plus.demo_checkpoint(), "--length", "500", "--layer", "1", "--head", "2"]
+    run(capsys, "plot-attention", tmp_path / "a.svg", "--heatmap", *options)
+    assert "layer 1, head 2" in (tmp_path / "a.svg").read_text()
+    ((probabilities, tokens),) = plotted
+    expected, expected_tokens = demo_attention(length=500, layer=1, head=2)
+    assert tokens == expected_tokens
+    assert torch.equal(probabilities, expected)
+
+
 def test_convert(capsys, tmp_path):
     config = transformers.BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
@@ -139,8 +192,20 @@ def test_qa(capsys, tmp_path, checkpoint, monkeypatch, place):
 
 
 def bert(tmp_path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    return tmp_path
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return tmp_path / "bert"
+
+
+def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
+    """By name: an empty folder, a checkpoint whose weights are none, and texts, most of which are of no use."""
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_text("no weights")
+    texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: tmp_path / name for name in ("empty", "broken", *texts)}
 
 
 @pytest.mark.parametrize(
@@ -151,18 +216,45 @@ def bert(tmp_path) -> Path:
         (["fill-mask", SENTENCE], "Missing option '--model'"),
         (["fill-mask", "--model", "no/such-model", SENTENCE], "no/such-model"),
         (["fill-mask", "--model", "{checkpoint}", "--top-k", "0", SENTENCE], "--top-k"),
+        (["fill-mask", "--model", "{checkpoint}", "--top-k", "99999", SENTENCE], "--top-k must be at most 50358"),
+        (["fill-mask", "--model", "{broken}", SENTENCE], "--model {broken}: "),
+        (["fill-mask", "--model", "{checkpoint}", ""], "The text must have [MASK]"),
         (["fill-mask", "--model", "{checkpoint}", "No mask here."], "The text must have [MASK]"),
         (["fill-mask", "--model", "{checkpoint}", "word " * 4096 + "[MASK]"], "max_position_embeddings is 4096"),
         (["fill-mask", "--model", "{empty}", SENTENCE], "{empty}"),
         (["plot-attention", "a.png", "--length", "704"], "--length must be more than 704, but is 704"),
         (["plot-attention", "a.png", "--head", "12"], "head must be between 0 and 11, but is 12"),
         (["plot-attention", "{empty}/a.xyz"], "xyz"),
-        (["plot-attention", "{empty}/no/folder/a.png"], "No such file or directory"),
+        (["plot-attention", "{empty}/no/folder/a.png"], "There is no folder to write {empty}/no/folder/a.png to"),
+        (["plot-attention", "{empty}"], "is a folder"),
+        (["plot-attention", ""], "is a folder"),
+        (["plot-attention", "--layer", "12"], "layer must be between 0 and 11, but is 12"),
+        (["plot-attention", "--layer", "-1"], "layer must be between 0 and 11, but is -1"),
+        (["plot-attention", "--length", "-5"], "--length"),
+        (["plot-attention", "--length", "99999999"], "--length"),
+        (["plot-attention", "--model", "{checkpoint}", "--length", "5000"], "at most the model's 4096 tokens"),
         (["plot-attention", "--model", "{bert}"], "must be a BigBird"),
+        (["plot-attention", "--document", "{text}"], "--document is for --heatmap"),
+        (["plot-attention", "--heatmap", "--document", "{text}"], "--heatmap needs --model"),
+        (["plot-attention", "--heatmap", "--model", "{checkpoint}", "--document", "no.txt"], "--document"),
+        (["plot-attention", "--heatmap", "--model", "{checkpoint}", "--document", "{nothing}"], "is empty"),
+        (["plot-attention", "--heatmap", "--model", "{checkpoint}", "--document", "{latin}"], "is no text in UTF-8"),
+        (["plot-attention", "--heatmap", "--model", "{checkpoint}", "--document", "{long}"], "but has 5002"),
+        (
+            ["plot-attention", "--heatmap", "--model", "{checkpoint}", "--document", "{text}", "--layer", "2"],
+            "layer must be between 0 and 1, but is 2",
+        ),
+        (
+            ["plot-attention", "--heatmap", "--model", "{checkpoint}", "--document", "{text}", "--head", "-1"],
+            "head must be between 0 and 1, but is -1",
+        ),
         (["convert", "{checkpoint}", "out"], "'big_bird'"),
         (["convert", "{bert}", "{bert}"], "is not empty"),
         (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "no.txt"], "--document"),
         (["qa", "--model", "{checkpoint}", "--question", "", "--document", "{bert}/config.json"], "needs a question"),
+        (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "{nothing}"], "needs a context"),
+        (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "{latin}"], "is no text in UTF-8"),
+        (["bench", "--json", "{empty}"], "is a folder"),
         (["bench", "--lengths", "1024,many"], "--lengths must be whole numbers with commas between them, not 'many'"),
         (["bench", "--lengths", "0"], "lengths must be different positive numbers, but are (0,)"),
         (["bench", "--lengths", "1024,1024"], "lengths must be different positive numbers"),
@@ -175,9 +267,7 @@ def bert(tmp_path) -> Path:
 )
 def test_wrong_input(capsys, checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "bert"):
-        (tmp_path / name).mkdir()
-    places = {"checkpoint": checkpoint, "empty": tmp_path / "empty", "bert": bert(tmp_path / "bert")}
+    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **wrong_files(tmp_path, checkpoint)}
     assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
 
 
