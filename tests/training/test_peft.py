@@ -1,5 +1,8 @@
 """Adapters of PEFT on every head: only they learn, and what they learned survives saving, loading and merging."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import (
@@ -13,6 +16,7 @@ from peft import (
     get_peft_model,
 )
 from peft.utils import constants
+from transformers import TorchAoConfig
 
 import bigbird_plus
 from tests.peers import TASK_MODELS, random_inputs
@@ -36,6 +40,20 @@ def trained(model, name, folder, **settings):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     return model
+
+
+def learn(model, inputs, steps=4):
+    """The losses of a few steps of a model's trainable parameters."""
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def assert_close(values, others, tolerance=1e-5):
@@ -110,15 +128,7 @@ def test_prompt_and_prefix_tuning_learn_virtual_tokens(method, name, tmp_path):
         **random_inputs(name, 2, LENGTH, padded=False),
         "attention_mask": torch.ones(2, LENGTH, dtype=torch.long),
     }
-    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(4):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = learn(model, inputs)
     assert losses[-1] < losses[0]
     assert not torch.equal(prompt, before)
     model.save_pretrained(tmp_path)
@@ -182,6 +192,53 @@ def test_registration_is_undone():
     assert table["big_bird"] == ["query", "value"]
 
 
+@pytest.mark.parametrize("method", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompt_and_prefix_tuning_of_a_decoder(method):
+    name = "BigBirdForCausalLM"
+    model = get_peft_model(tiny_model(name), method(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4))
+    ones = torch.ones(2, LENGTH, dtype=torch.long)
+    losses = learn(model, {**random_inputs(name, 2, LENGTH, padded=False), "attention_mask": ones})
+    assert losses[-1] < losses[0]
+    ids = random_inputs(name, 2, 20, padded=False)["input_ids"]
+    assert model.eval().generate(input_ids=ids, attention_mask=ones[:, :20], max_new_tokens=3).shape == (2, 23)
+
+
+HEADS = {
+    "BigBirdForSequenceClassification": (TaskType.SEQ_CLS, "classifier"),
+    "BigBirdForTokenClassification": (TaskType.TOKEN_CLS, "classifier"),
+    "BigBirdForQuestionAnswering": (TaskType.QUESTION_ANS, "qa_outputs"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_new_heads_learn_beside_the_adapters_when_the_task_is_named(name):
+    task, head = HEADS[name]
+    model = get_peft_model(tiny_model(name), LoraConfig(task_type=task, r=2))
+    learning = {key for key, value in model.named_parameters() if value.requires_grad and "lora_" not in key}
+    assert learning
+    assert all(f"{head}.modules_to_save" in key for key in learning)
+
+
+def test_lora_learns_on_a_base_loaded_in_int8(tmp_path):
+    """As QLoRA does it. (`Trainer` refuses such bases in transformers 4.)"""
+    torchao = pytest.importorskip("torchao", reason="needs torchao")
+    name = "BigBirdForSequenceClassification"
+    tiny_model(name).save_pretrained(tmp_path / "base")
+
+    def load():
+        how = TorchAoConfig(torchao.quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])
+        return getattr(bigbird_plus, name).from_pretrained(tmp_path / "base", quantization_config=how)
+
+    base = load()
+    assert isinstance(base.bert.encoder.layer[0].attention.self.query.weight, torchao.utils.TorchAOBaseTensor)
+    assert_close(outputs(base, name), outputs(tiny_model(name), name), tolerance=0.1)
+    model = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, r=4))
+    losses = learn(model, random_inputs(name, 4, LENGTH, padded=False))
+    assert losses[-1] < losses[0] - 0.02
+    model.save_pretrained(tmp_path / "adapter")
+    assert_close(outputs(PeftModel.from_pretrained(load(), tmp_path / "adapter"), name), outputs(model, name))
+
+
 def test_lora_learns_on_a_base_quantized_to_int8(tmp_path):
     """torch's own weight-only form: int8 weights with a scale a row, as `bitsandbytes` and `torchao` keep them."""
     name = "BigBirdForSequenceClassification"
@@ -191,3 +248,22 @@ def test_lora_learns_on_a_base_quantized_to_int8(tmp_path):
     exact = outputs(tiny_model(name), name)
     assert_close(outputs(model, name), exact, tolerance=0.1)
     trained(get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4)), name, tmp_path)
+
+
+def test_without_peft_all_the_rest_works(tmp_path):
+    program = """
+import sys
+sys.modules["peft"] = None  # as if it were not installed
+import bigbird_plus, transformers
+from tests.training.common import labelled_rows, make_trainer, tiny_model
+
+assert not transformers.utils.is_peft_available()
+trainer = make_trainer(tiny_model("BigBirdForMaskedLM"), labelled_rows("BigBirdForMaskedLM"), sys.argv[1])
+trainer.train()
+trainer.save_model()
+assert type(transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1])) is bigbird_plus.BigBirdForMaskedLM
+bigbird_plus.unregister()
+bigbird_plus.register()
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 import bigbird_plus
@@ -79,11 +80,13 @@ def test_gradient_checkpointing_changes_nothing(name, use_reentrant, tmp_path):
     assert_same_weights(checkpointed, plain, atol=1e-6, rtol=1e-5)
 
 
-def test_torch_compile_changes_nothing(tmp_path):
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_torch_compile_changes_nothing(name, tmp_path):
     """The graph, forward and backward; inductor's own code for it is torch's, and takes a minute to make."""
     settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "settings": {"num_hidden_layers": 1}}
-    plain = trained_weights("BigBirdForMaskedLM", tmp_path, **settings)
-    compiled = trained_weights("BigBirdForMaskedLM", tmp_path, torch_compile_backend="aot_eager", **settings)
+    plain = trained_weights(name, tmp_path, **settings)
+    torch._dynamo.reset()
+    compiled = trained_weights(name, tmp_path, torch_compile_backend="aot_eager", **settings)
     compiled = {key.removeprefix("_orig_mod."): value for key, value in compiled.items()}
     assert_same_weights(compiled, plain, atol=2e-6, rtol=1e-4)
 
@@ -117,6 +120,25 @@ def test_inputs_of_like_lengths_are_grouped_and_padded_to_blocks(demo_tokenizer,
     lengths = [batch["attention_mask"].sum(1) for batch in collator.batches[:16]]
     alike = [bool(of_batch.min() > 90 or of_batch.max() < 20) for of_batch in lengths]
     assert sum(alike) > 8  # two of sixteen by chance
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_evaluation_gathers_what_each_head_says_of_inputs_of_all_lengths(name, tmp_path):
+    lengths, seen = (96, 40, 131), []
+    rows = [row for length in lengths for row in labelled_rows(name, count=2, length=length, seed=length)]
+    settings = {"per_device_eval_batch_size": 2, "compute_metrics": lambda prediction: seen.append(prediction) or {}}
+    trainer = make_trainer(tiny_model(name), rows, tmp_path, eval_dataset=rows, **settings)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    predictions, label_ids = seen[0].predictions, seen[0].label_ids
+    if isinstance(predictions, tuple):  # of two heads, or of the first and the last token
+        assert len(predictions) == len(label_ids) == 2
+        predictions = predictions[0]
+    with torch.no_grad():
+        expected = trainer.model.eval()(**default_data_collator(rows[2:4])).to_tuple()[1].numpy()
+    found = predictions[2:4]
+    assert len(predictions) == len(rows)
+    places = tuple(slice(size) for size in expected.shape)  # the others are filled up to the longest
+    np.testing.assert_allclose(found[places], expected, atol=1e-5)
 
 
 def accuracy(prediction):
