@@ -6,6 +6,7 @@ The data are those of `finetune_classification.py`. PEFT puts the adapters on th
 """
 
 import argparse
+import os
 
 import torch
 from datasets import load_dataset
@@ -25,8 +26,8 @@ import bigbird_plus  # noqa: F401, makes the Auto classes load BigBird from here
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="google/bigbird-roberta-base", help="hub name or folder")
-    parser.add_argument("--train-data", required=True, help='JSON lines: {"text": "...", "label": "..."}; or a name')
-    parser.add_argument("--eval-data", help="the same, held out")
+    parser.add_argument("--train-data", required=True, help="JSON lines or CSV file, or the name of a data set")
+    parser.add_argument("--eval-data", help="another file; or a data set, whose test split is taken")
     parser.add_argument("--output-dir", required=True, help="where the adapter goes")
     parser.add_argument("--merge-into", help="also write the model with the adapter merged into it, to this folder")
     parser.add_argument("--rank", type=int, default=8, help="width of the adapters")
@@ -42,10 +43,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read_data(source, tokenizer, max_length, label_ids=None):
+def read_data(source, split, tokenizer, max_length, label_ids=None):
     """Encoded documents with labels, and the id of each label (those given, if there are any)."""
-    is_file = source.endswith((".json", ".jsonl"))
-    data = load_dataset("json", data_files=source, split="train") if is_file else load_dataset(source, split="train")
+    if os.path.isfile(source):
+        data = load_dataset("csv" if source.endswith(".csv") else "json", data_files=source, split="train")
+    else:
+        data = load_dataset(source, split=split)
     if label_ids is None:
         label_ids = {label: index for index, label in enumerate(sorted({str(label) for label in data["label"]}))}
 
@@ -64,8 +67,8 @@ def main(argv=None):
     args = parse_args(argv)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train, label_ids = read_data(args.train_data, tokenizer, args.max_length)
-    held_out = args.eval_data and read_data(args.eval_data, tokenizer, args.max_length, label_ids)[0]
+    train, label_ids = read_data(args.train_data, "train", tokenizer, args.max_length)
+    held_out = args.eval_data and read_data(args.eval_data, "test", tokenizer, args.max_length, label_ids)[0]
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model, dtype=torch.float32, num_labels=len(label_ids)
     )

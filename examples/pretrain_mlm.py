@@ -59,6 +59,7 @@ def parse_args(argv=None):
     training.add_argument("--mlm-probability", type=float, default=0.15, help="share of tokens to predict")
     training.add_argument("--shift-positions", action="store_true", help="train all positions by shorter inputs, too")
     training.add_argument("--steps", type=int, default=1000)
+    training.add_argument("--stop-after", type=int, help="end after so many steps of a schedule for --steps")
     training.add_argument("--batch-size", type=int, default=8)
     training.add_argument("--gradient-accumulation", type=int, default=1)
     training.add_argument("--learning-rate", type=float, default=1e-4)
@@ -79,7 +80,7 @@ def read_texts(source, column):
             return [line.strip() for line in file if line.strip()]
     from datasets import load_dataset
 
-    return load_dataset(source, split="train")[column]
+    return list(load_dataset(source, split="train")[column])
 
 
 def train_tokenizer(texts, vocab_size, positions, folder):
@@ -179,6 +180,17 @@ class ShiftPositions:
         return batch
 
 
+class StopAfter(TrainerCallback):
+    """Ends training while the learning rate is still high, for a model that is to be trained on."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.steps:
+            control.should_training_stop = True
+
+
 class PrintLogs(TrainerCallback):
     """Progress as lines of text, for log files."""
 
@@ -246,7 +258,7 @@ def main(argv=None):
         eval_dataset=held_out,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[PrintLogs()],
+        callbacks=[PrintLogs(), StopAfter(args.stop_after or args.steps)],
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
     if held_out:

@@ -73,6 +73,19 @@ def test_it_has_learned_something(tokenizer, excerpt):
     assert trained < loss - 2
 
 
+def test_the_readme_shows_the_same_figures():
+    readme = (DEMO.parents[2] / "README.md").read_text(encoding="utf-8")
+    card = (DEMO / "README.md").read_text(encoding="utf-8")
+    rows = {
+        "block-sparse, random blocks": "`eval_random_blocks=True`",
+        "block-sparse, block 0 in the place of random blocks": "`eval_random_blocks=False`",
+        "full attention": '`attention_type="original_full"`',
+    }
+    for row, setting in rows.items():
+        figures = re.search(rf"^\| {re.escape(row)} (\|.*\|)$", card, re.MULTILINE)[1]
+        assert re.search(rf"^\|.*{re.escape(setting)}.*\) {re.escape(figures)}$", readme, re.MULTILINE)
+
+
 def test_it_is_small_and_complete():
     names = {path.name for path in DEMO.iterdir()}
     assert {"config.json", "model.safetensors", "spiece.model", "tokenizer_config.json", "README.md"} <= names

@@ -201,14 +201,12 @@ class TestCollators:
         assert model.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
     def test_token_classification_leaves_padding_out(self, demo_tokenizer):
-        rows = [demo_tokenizer("And God said " * n) for n in (1, 40)]
+        rows = [demo_tokenizer("And God said " * n) for n in (1, 25)]
         rows = [{**row, "labels": [1] * len(row["input_ids"])} for row in rows]
         batch = DataCollatorForTokenClassification(demo_tokenizer, pad_to_multiple_of=8)(rows)
         assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
         model = tiny_model("BigBirdForTokenClassification", vocab_size=len(demo_tokenizer))
         alone = [model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss for row in rows]
         lengths = torch.tensor([float(len(row["input_ids"])) for row in rows])
-        if lengths.max() > 88:  # the short one is read in the pattern of the long one
-            assert model(**batch).loss.isfinite()
-        else:
-            torch.testing.assert_close(model(**batch).loss, (torch.stack(alone) * lengths).sum() / lengths.sum())
+        assert lengths.max() <= 80  # more would be read in another pattern than the short one by itself
+        torch.testing.assert_close(model(**batch).loss, (torch.stack(alone) * lengths).sum() / lengths.sum())
