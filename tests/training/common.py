@@ -1,7 +1,5 @@
 """What the tests of training share: small models, data for each of them, and a `Trainer` that does nothing else."""
 
-import os
-
 from transformers import Trainer, TrainingArguments
 
 import bigbird_plus
@@ -39,7 +37,6 @@ def make_trainer(model, rows, folder, **settings):
         "disable_tqdm": True,
         "seed": 1,
     }
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # some versions set it for `bf16`, and leave it to the next run
     trainer_only = {key: settings.pop(key) for key in list(settings) if key in TRAINER_ONLY}
     return Trainer(
         model=model, args=TrainingArguments(**{**arguments, **settings}), train_dataset=rows, **trainer_only

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import infer_auto_device_map
+from accelerate.commands.config import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from tests.peers import TASK_MODELS
@@ -92,3 +95,14 @@ def test_deepspeed_configurations_say_what_they_are(stage):
     assert config.is_zero2() == (stage == 2)
     assert config.is_zero3() == (stage == 3)
     assert config.get_value("train_micro_batch_size_per_gpu") == "auto"
+
+
+def test_the_sharding_that_is_shown_is_what_accelerate_takes(tmp_path):
+    text = (EXAMPLES / "multi_gpu.md").read_text(encoding="utf-8")
+    shown = re.search(r"^    compute_environment.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0]
+    path = tmp_path / "fsdp.yaml"
+    path.write_text(textwrap.dedent(shown), encoding="utf-8")
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "FSDP"
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in tiny_model("BigBirdModel")._no_split_modules

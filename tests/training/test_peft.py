@@ -219,6 +219,17 @@ def test_new_heads_learn_beside_the_adapters_when_the_task_is_named(name):
     assert all(f"{head}.modules_to_save" in key for key in learning)
 
 
+def test_the_whole_head_for_question_answering_learns_by_its_name(tmp_path):
+    name = "BigBirdForQuestionAnswering"
+    model = get_peft_model(tiny_model(name), LoraConfig(r=2, modules_to_save=["qa_classifier"]))
+    learning = {key for key, value in model.named_parameters() if value.requires_grad}
+    for part in ("intermediate.dense", "output.dense", "qa_outputs"):
+        assert any(key.endswith(f".{part}.weight") for key in learning)
+    expected = outputs(trained(model, name, tmp_path), name)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_close(outputs(PeftModel.from_pretrained(tiny_model(name), tmp_path / "adapter"), name), expected)
+
+
 def test_lora_learns_on_a_base_loaded_in_int8(tmp_path):
     """As QLoRA does it. (`Trainer` refuses such bases in transformers 4.)"""
     torchao = pytest.importorskip("torchao", reason="needs torchao")
