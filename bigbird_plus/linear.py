@@ -5,6 +5,7 @@ the speed of oneDNN's. Which of them runs here depends on the processor's vendor
 timing: results do not vary from process to process.
 """
 
+import math
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention.masks import is_tracing
+from .attention.masks import is_exporting, is_tracing
 
 tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
 """GELU in its tanh approximation, which oneDNN computes together with the product before it."""
@@ -30,7 +31,12 @@ def linear(layer: nn.Module, states: Tensor, activation=None) -> Tensor:
     Returns:
         `[..., out_features]`.
     """
-    if not (_is_plain(layer) and _suits(layer.weight, states) and prefers_onednn(states)):
+    if is_exporting():
+        # As a matrix: to merge dimensions itself, torch would ask what it cannot know of a free length (see `_reshape`
+        # of the attention).
+        *sizes, features = states.shape
+        states = layer(states.reshape(-1).view(math.prod(sizes), features)).unflatten(0, sizes)
+    elif not (_is_plain(layer) and _suits(layer.weight, states) and prefers_onednn(states)):
         states = layer(states)
     elif torch.is_grad_enabled():
         states = _OneDnnLinear.apply(states, layer.weight, layer.bias)

@@ -18,6 +18,7 @@ from .attention import (
     attend_fully,
     attend_in_documents,
     attend_sparsely,
+    cut,
     make_sparse_input,
     masks,
     pad_to_blocks,
@@ -93,7 +94,7 @@ class BigBirdEmbeddings(nn.Module):
         if not hasattr(self, "extra_global_tokens"):
             return hidden_states
         tokens = self.extra_global_tokens.weight.expand(documents, -1, -1)
-        tokens = self.LayerNorm(self.dropout(tokens)).reshape(len(hidden_states), -1, tokens.shape[-1])
+        tokens = self.LayerNorm(self.dropout(tokens)).reshape(hidden_states.shape[0], -1, tokens.shape[-1])
         return torch.cat((hidden_states, tokens), dim=1)
 
 
@@ -329,22 +330,15 @@ class BigBirdEncoder(nn.Module):
     def _of_tokens(self, probabilities, mask, length):
         """Probabilities without the rows and columns of what is no token of the input."""
         if isinstance(mask, SparseInput):
-            return _cut(_cut(probabilities, length, 2), length, 3)
+            return cut(cut(probabilities, length, 2), length, 3)
         if isinstance(mask, PackedInput) or not self.num_extra:
             return probabilities
         return probabilities[:, :, :length, : -self.num_extra]
 
 
 def _restore(hidden_states: Tensor, length: int, kept: Tensor | None) -> Tensor:
-    hidden_states = _cut(hidden_states, length, 1)
+    hidden_states = cut(hidden_states, length, 1)
     return hidden_states if kept is None else hidden_states.masked_fill(~kept[..., None], 0)
-
-
-def _cut(tensor: Tensor, length: int, dim: int) -> Tensor:
-    """`tensor` without what lies beyond `length`; itself, not a view of it, if there is nothing."""
-    if masks.is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
-        return tensor.index_select(dim, torch.arange(length, device=tensor.device))
-    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length)
 
 
 class BigBirdPreTrainedModel(PreTrainedModel):
@@ -506,7 +500,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             encoder_hidden_states: `[batch, source length, hidden_size]`, for a decoder with cross-attention.
             encoder_attention_mask: `[batch, source length]`, as `attention_mask`.
             past_key_values: a cache of transformers, or the tuple of pairs of earlier versions.
-            use_cache: whether a decoder fills and returns a cache; `config.use_cache` by default.
+            use_cache: whether a decoder fills and returns a cache; `config.use_cache` by default, False under
+                `torch.export`.
             output_attentions, output_hidden_states, return_dict: as in all models of transformers.
             cache_position: `int64`, `[length]`: places of the tokens in the cache.
             global_attention_mask: `[batch, length]`, 1 for tokens that read everything and are read by all, besides
@@ -601,7 +596,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         """The cache to use, a new one where a decoder shall return one; None for none."""
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = cache_of_tuples(past_key_values)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not masks.is_exporting()  # torch.export knows no caches
         if self.encoder.gradient_checkpointing and self.training:
             use_cache = False
         if past_key_values is None and use_cache and self.config.is_decoder:
@@ -689,7 +685,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         num_extra = self.config.num_extra_global_tokens
         if num_extra:
             attention_mask = masks.with_extra_tokens(attention_mask, num_extra)
-            cache_position = torch.arange(len(cache_position) + num_extra, device=cache_position.device)
+            cache_position = torch.arange(cache_position.shape[0] + num_extra, device=cache_position.device)
             keys += num_extra
         return masks.full_attention_mask(
             attention_mask,

@@ -12,9 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import eager, flex, sdpa
 from .global_tokens import GlobalTokens, find_global_tokens
-from .masks import additive_mask, global_mask, is_tracing, key_mask_bias, padding_mask
+from .masks import additive_mask, global_mask, is_exporting, is_tracing, key_mask_bias, padding_mask
 from .packing import PackedInput
-from .pattern import BlockPattern, Sparsity
+from .pattern import BlockPattern, Sparsity, count_blocks
 
 
 class SparseInput(NamedTuple):
@@ -35,10 +35,17 @@ class SparseInput(NamedTuple):
 def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
     """Fills up a dimension with zeros to a multiple of `block_size`."""
     length = tensor.shape[dim]
-    missing = -(-length // block_size) * block_size - length
+    missing = count_blocks(length, block_size) * block_size - length
     if not is_tracing() and not missing:  # one graph shall serve all lengths
         return tensor
     return nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim % tensor.dim()) + [0, missing])
+
+
+def cut(tensor: Tensor, length: int, dim: int) -> Tensor:
+    """`tensor` without what lies beyond `length` in a dimension; itself, not a view of it, if there is nothing."""
+    if is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
+        return tensor.index_select(dim, torch.arange(length, device=tensor.device))
+    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length)
 
 
 def make_sparse_input(
@@ -54,9 +61,11 @@ def make_sparse_input(
     """Of `[batch, length]` tokens of which `mask` (`bool`, or None for all) are real and `chosen` (`bool`, or None for
     none) global, with so many extra global tokens behind their last block."""
     block_size = sparsity.block_size
-    num_blocks = -(-length // block_size)
+    num_blocks = count_blocks(length, block_size)
     if mask is None and (is_tracing() or length % block_size):
         mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+    if is_exporting():  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
+        mask = mask & (torch.arange(length, device=device)[sparsity.full_attention_length] > 0)
     if chosen is not None and mask is not None:
         chosen = chosen & mask
     global_tokens = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, device)
@@ -257,7 +266,8 @@ def block_sparse_attention(
         layer_idx: seed of the random blocks.
         training: whether to read random blocks; in evaluation block 0 is read in their place.
         eval_random_blocks: read the random blocks in evaluation, too.
-        max_position_embeddings: length, in tokens, for which random blocks are drawn (see `random_blocks`).
+        max_position_embeddings: length, in tokens, for which random blocks are drawn (see `random_blocks`). A graph of
+            `torch.export` that reads random blocks serves no longer inputs.
         scaling: what scores are multiplied by, `head_dim ** -0.5` by default.
         implementation: `"sdpa"` (the default; linear in the length), `"flex_attention"` (linear as well; on a GPU, or
             on a CPU without gradients, else `"sdpa"` serves) or `"eager"` (the definition; quadratic).

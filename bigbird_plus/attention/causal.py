@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import eager, masks, sdpa
-from .pattern import CausalPattern, Sparsity
+from . import cut, eager, masks, pad_to_blocks, sdpa
+from .pattern import CausalPattern, Sparsity, count_blocks
 
 
 class CausalInput(NamedTuple):
@@ -36,7 +36,7 @@ class CausalInput(NamedTuple):
     @property
     def num_blocks(self) -> int:
         """Blocks that the keys fill, the last of them perhaps in part."""
-        return -(-self.num_keys // self.sparsity.block_size)
+        return count_blocks(self.num_keys, self.sparsity.block_size)
 
     def is_real(self) -> Tensor | None:
         """`bool`, `[batch, queries]`: which of the input's tokens are not padding; None for all."""
@@ -50,7 +50,7 @@ def make_causal_input(
 ) -> CausalInput:
     """Of `[batch, queries]` tokens that stand at `places` (`[queries]`) among `keys` keys, `past` of them from a cache
     that may have free places; `attention_mask` as in `masks.decoder_key_mask`."""
-    queries, block_size = len(places), sparsity.block_size
+    queries, block_size = places.shape[0], sparsity.block_size
     key_mask = masks.decoder_key_mask(attention_mask, batch=batch, query_positions=places, past=past, keys=keys)
     offset, most_padding = None, 0
     if key_mask is not None:
@@ -67,7 +67,7 @@ def make_causal_input(
         keys = queries
         key_mask = None if key_mask is None else key_mask[:, :keys]
     first = max(past - most_padding, 0) // block_size if is_known else 0
-    end = -(-(past + queries if is_known else keys) // block_size)
+    end = count_blocks(past + queries if is_known else keys, block_size)
     return CausalInput(sparsity, places, keys, from_start, offset, key_mask, first, end)
 
 
@@ -134,20 +134,20 @@ def _attend_from_start(query, key, value, pattern, causal, scaling):
     if offset is not None:
         tensors = [_rotate(tensor, offset, dim=2) for tensor in tensors]
         key_mask = None if key_mask is None else _rotate(key_mask, offset, dim=1)
-    missing = -causal.num_keys % causal.sparsity.block_size
-    if masks.is_tracing() or missing:  # one graph shall serve all lengths
-        tensors = [nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in tensors]
-        key_mask = None if key_mask is None else nn.functional.pad(key_mask, (0, missing))
-    context = sdpa.block_sparse_attention(*tensors, pattern, key_mask, scaling=scaling)[:, :, : causal.num_keys]
-    return context if offset is None else _rotate(context, -offset, dim=2)
+    block_size = causal.sparsity.block_size
+    tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
+    key_mask = None if key_mask is None else pad_to_blocks(key_mask, block_size, 1)
+    context = sdpa.block_sparse_attention(*tensors, pattern, key_mask, scaling=scaling)
+    context = cut(context, causal.num_keys, 2)
+    return context if offset is None else _rotate(context, causal.num_keys - offset, dim=2)
 
 
 def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
     """Each sequence of `tensor`, whose places are dimension `dim`, moved `by[sequence]` places to the front; what
-    falls off comes in again at the end."""
+    falls off comes in again at the end. None is moved by more places than there are."""
     length = tensor.shape[dim]
-    source = (torch.arange(length, device=tensor.device) + by[:, None]) % length
-    sequence = torch.arange(len(by), device=tensor.device)[:, None]
+    source = torch.arange(length, device=tensor.device) + by[:, None] - length  # below 0: counted from the end
+    sequence = torch.arange(by.shape[0], device=tensor.device)[:, None]
     return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
 
 
@@ -212,7 +212,7 @@ def _bias(tokens: Tensor, slots: Tensor, causal: CausalInput, keys: int, dtype: 
     """What is added to the scores, `[batch or 1, n, heads or 1, width, tokens]`."""
     reads = tokens[..., None, :] <= slots[:, :, None, :, None]
     if causal.key_mask is not None:
-        sequence = torch.arange(len(causal.key_mask), device=tokens.device)[:, None, None, None]
+        sequence = torch.arange(causal.key_mask.shape[0], device=tokens.device)[:, None, None, None]
         is_real = causal.key_mask[sequence, _to_cache_places(tokens, causal, keys)]
         reads = reads & is_real[..., None, :]
     return masks.additive_mask(reads, dtype)

@@ -30,7 +30,7 @@ class GlobalTokens(NamedTuple):
     def mask(self, length: int) -> Tensor:
         """`bool`, `[batch, length]`: whether a token is a global one."""
         is_token = torch.ones_like(self.places) if self.is_token is None else self.is_token.long()
-        return self.places.new_zeros(len(self.places), length).scatter_add(1, self.places, is_token) > 0
+        return self.places.new_zeros(self.places.shape[0], length).scatter_add(1, self.places, is_token) > 0
 
     def take(self, tensor: Tensor) -> Tensor:
         """`[batch, length, ...]` -> `[batch, tokens, ...]`."""
@@ -51,7 +51,7 @@ class GlobalTokens(NamedTuple):
         """These and all tokens of some blocks."""
         if not blocks:
             return self
-        batch, device = len(self.places), self.places.device
+        batch, device = self.places.shape[0], self.places.device
         blocks = torch.tensor(blocks, device=device)
         more = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).flatten().expand(batch, -1)
         is_new = torch.isin(self.places // block_size, blocks, invert=True)
@@ -60,7 +60,7 @@ class GlobalTokens(NamedTuple):
         return GlobalTokens(torch.cat((self.places, more), dim=1), is_token, self.num_extra)
 
     def _rows(self) -> Tensor:
-        return torch.arange(len(self.places), device=self.places.device)[:, None]
+        return torch.arange(self.places.shape[0], device=self.places.device)[:, None]
 
 
 def no_global_tokens(batch: int, device) -> GlobalTokens:

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether a graph is being made that is to leave the process, by `torch.export` or `torch.onnx.export`. (torch 2.6
+does not tell.)"""
+
 
 def is_tracing() -> bool:
     """Whether a graph is being made of what happens: by `torch.compile`, `torch.export`, `torch.jit.trace` or CUDA."""
@@ -99,7 +103,7 @@ def full_attention_mask(
     Raises:
         ValueError: if the mask does not fit.
     """
-    queries = len(query_positions)
+    queries = query_positions.shape[0]
     if attention_mask is not None and attention_mask.dim() == 2:
         _check_covers_keys(attention_mask, batch, past, queries, is_causal)
         attention_mask = attention_mask != 0
@@ -184,14 +188,14 @@ def decoder_key_mask(
     if attention_mask.dim() == 4:
         mask = _keys_of_causal_mask(attention_mask, batch, query_positions, keys)
     elif attention_mask.dim() == 2:
-        _check_covers_keys(attention_mask, batch, past, len(query_positions), is_causal=True)
+        _check_covers_keys(attention_mask, batch, past, query_positions.shape[0], is_causal=True)
         mask = _fit_keys(attention_mask != 0, keys)
     else:
         raise ValueError(
             f"attention_mask has the shape {list(attention_mask.shape)}, but a decoder with block-sparse attention "
             "takes [batch, length]. Masks of more dimensions need attention_type='original_full'."
         )
-    if may_read_values(mask) and isinstance(past, int) and mask[:, : past + len(query_positions)].all():
+    if may_read_values(mask) and isinstance(past, int) and mask[:, : past + query_positions.shape[0]].all():
         return None
     return mask
 
@@ -199,7 +203,7 @@ def decoder_key_mask(
 def _keys_of_causal_mask(attention_mask, batch, query_positions, keys):
     """The last query of a piece reads whatever is real, up to itself."""
     heads = attention_mask.shape[1]  # as many as there are: one of them is looked at
-    expanded = expand_mask(attention_mask, batch, heads, len(query_positions), keys, may_end_elsewhere=True)
+    expanded = expand_mask(attention_mask, batch, heads, query_positions.shape[0], keys, may_end_elsewhere=True)
     reads = expanded >= 0 if expanded.is_floating_point() else expanded
     mask = reads[:, 0, -1].expand(batch, -1)
     if may_read_values(mask):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .masks import is_exporting
 from .random_blocks import NO_BLOCK, CausalPlan, draw_random_blocks, draw_uniform_blocks
 
 KINDS_OF_READING = {
@@ -26,6 +27,12 @@ def check_whole_number(name: str, value, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
 
 
+def count_blocks(length: int, block_size: int) -> int:
+    """Blocks that so many tokens fill, the last one perhaps in part. (Not `-(-length // block_size)`: divisions round
+    towards zero in ONNX.)"""
+    return (length + block_size - 1) // block_size
+
+
 @dataclass(frozen=True)
 class Sparsity:
     """The settings of a sparse pattern; together with a length, a layer and the mode they make a `BlockPattern`.
@@ -41,6 +48,7 @@ class Sparsity:
     num_global_blocks: int = 2
     eval_random_blocks: bool = False
     max_position_embeddings: int = 4096
+    random_plan_positions: int | None = None
     different_layout_per_head: bool = True
     global_block_indices: tuple[int, ...] | None = None
 
@@ -77,10 +85,7 @@ class Sparsity:
     @classmethod
     def from_config(cls, config) -> "Sparsity":
         """The settings that a `BigBirdConfig` names."""
-        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__}
-        if config.random_plan_positions is not None:
-            fields["max_position_embeddings"] = config.random_plan_positions
-        return cls(**fields)
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
     @property
     def full_attention_length(self) -> int:
@@ -112,7 +117,11 @@ class Sparsity:
         if not random:
             extra = self.num_random_blocks if self.is_original_shape else 0
             return replace(self.structure(num_blocks), first_block_extra=extra)
-        random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx)
+        if is_exporting():
+            plan = _plans_of_all_lengths(*self._for_operators(), layer_idx)[num_blocks].long()
+            random_blocks = plan.index_select(1, torch.arange(num_blocks))
+        else:
+            random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx)
         return replace(self.structure(num_blocks), random_blocks=random_blocks)
 
     def structure(self, num_blocks: int) -> "BlockPattern":
@@ -134,6 +143,9 @@ class Sparsity:
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
         if not self.num_random_blocks:
             random_blocks = None
+        elif is_exporting():
+            plan = _longest_causal_plan(*self._for_operators(), layer_idx)
+            random_blocks = plan.index_select(1, torch.arange(num_blocks))
         elif torch.compiler.is_compiling():
             random_blocks = torch.ops.bigbird_plus.causal_random_blocks(*self._for_operators(), num_blocks, layer_idx)
         else:
@@ -147,9 +159,9 @@ class Sparsity:
         )
 
     def _for_operators(self) -> tuple[list[int], list[int] | None]:
-        """The settings as operators take them: numbers, and the list apart."""
+        """The settings as operators take them: numbers, 0 for None, and the list apart."""
         *numbers, indices = (getattr(self, name) for name in self.__dataclass_fields__)
-        return [int(number) for number in numbers], None if indices is None else list(indices)
+        return [int(number or 0) for number in numbers], None if indices is None else list(indices)
 
 
 def _blocks_at(indices: tuple[int, ...], num_blocks: int) -> list[int]:
@@ -335,7 +347,7 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
             num_blocks=pattern.num_blocks,
             block_size=sparsity.block_size,
             num_random_blocks=sparsity.num_random_blocks,
-            max_position_embeddings=sparsity.max_position_embeddings,
+            max_position_embeddings=sparsity.random_plan_positions or sparsity.max_position_embeddings,
             layer_idx=layer_idx,
         )
     return draw_uniform_blocks(
@@ -358,6 +370,23 @@ def _traced_random_blocks(settings: list[int], indices: list[int] | None, num_bl
 def _(settings, indices, num_blocks, layer_idx):
     sparsity = Sparsity(*settings, indices)
     return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)
+
+
+@torch.compiler.assume_constant_result
+def _plans_of_all_lengths(settings: list[int], indices: list[int] | None, layer_idx: int) -> Tensor:
+    """The random blocks of inputs of any length up to `max_position_embeddings`. An exported graph holds them: where
+    it runs, there are neither NumPy's generators nor this package.
+
+    Returns:
+        `int16` tensor `[1 + most blocks, heads or 1, most blocks, random]`: for each number of blocks its plan, filled
+        up with `NO_BLOCK`.
+    """
+    sparsity = Sparsity(*settings, indices)
+    most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
+    plans = np.full((most + 1, sparsity.num_layouts, most, sparsity.num_random_blocks), NO_BLOCK, dtype=np.int16)
+    for num_blocks in range(sparsity.full_attention_length // sparsity.block_size + 1, most + 1):
+        plans[num_blocks, :, :num_blocks] = _draw(sparsity, sparsity.structure(num_blocks), layer_idx)
+    return torch.tensor(plans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,7 +418,7 @@ class CausalPattern:
     @property
     def first_sparse_row(self) -> int:
         """The first block that does not read everything up to itself; the number of blocks if there is none."""
-        return min(self.num_full, self.num_blocks)
+        return self.num_full if self.num_full < self.num_blocks else self.num_blocks  # `min` would be traced
 
     def for_heads(self, heads) -> "CausalPattern":
         """The pattern of some of the heads: what is left after others were pruned."""
@@ -440,6 +469,14 @@ def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
         window=sparsity.num_sliding_window_blocks,
         layer_idx=layer_idx,
     )
+
+
+@torch.compiler.assume_constant_result
+def _longest_causal_plan(settings: list[int], indices: list[int] | None, layer_idx: int) -> Tensor:
+    """The same for decoders, `int64`, `[heads or 1, most blocks, random]`: any shorter plan is its beginning."""
+    sparsity = Sparsity(*settings, indices)
+    most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
+    return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(most))
 
 
 @torch.library.custom_op("bigbird_plus::causal_random_blocks", mutates_args=())

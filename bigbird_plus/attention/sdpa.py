@@ -82,6 +82,21 @@ def _as_sequence(blocks: Tensor) -> Tensor:
     return blocks.flatten(1, 2).transpose(1, 2)
 
 
+def _reshape(tensor: Tensor, *shape: int, leading: int = 1) -> Tensor:
+    """`tensor.reshape(shape)`. While a graph is traced, by way of one dimension, and of a matrix whose rows are so many
+    `leading` dimensions: to join dimensions of sizes `m` and `b` directly, torch asks whether `m % (m b)` is 0, to
+    which it knows no answer for a free length."""
+    if not is_tracing():
+        return tensor.reshape(shape)
+    return tensor.reshape(-1).view(math.prod(shape[:leading]), math.prod(shape[leading:])).view(shape)
+
+
+def _join(tensor: Tensor, dim: int) -> Tensor:
+    """`tensor` with a dimension and the next one as one."""
+    first, second = tensor.shape[dim : dim + 2]
+    return _reshape(tensor, *tensor.shape[:dim], first * second, *tensor.shape[dim + 2 :], leading=dim + 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gathered blocks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,19 +114,20 @@ class _Lists(NamedTuple):
     bias: Tensor | None
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch, rows, heads, keys, dim]`."""
+        """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch * rows, heads, keys, dim]`."""
         batch, _, block, heads, dim = tensor.shape
+        rows, _, count = self.blocks.shape
         if self.blocks.shape[1] == 1:
-            return tensor[:, self.blocks[:, 0]].flatten(2, 3).transpose(2, 3)
-        pieces = tensor.transpose(2, 3).reshape(-1, block * dim)
-        pieces = pieces.index_select(0, self._places(tensor).flatten())
-        return pieces.view(batch, len(self.blocks), heads, -1, dim)
+            return _join(tensor[:, self.blocks[:, 0]].flatten(2, 3), 0).transpose(1, 2)
+        pieces = _join(_join(tensor.transpose(2, 3), 0), 0).flatten(1)
+        pieces = pieces.index_select(0, self._places(tensor).reshape(-1))
+        return _reshape(pieces, batch * rows, heads, count * block, dim)
 
     def scatter_add(self, grad: Tensor, target: Tensor) -> None:
-        """The transpose of `gather`: adds `[batch, rows, heads, keys, dim]` to the blocks of `target` it came from."""
+        """The transpose of `gather`: adds `[batch * rows, heads, keys, dim]` to the blocks of `target` they are of."""
         batch, num_blocks, block, heads, dim = target.shape
         if self.blocks.shape[1] == 1:
-            target.index_add_(1, self.blocks.flatten(), grad.transpose(2, 3).reshape(batch, -1, block, heads, dim))
+            target.index_add_(1, self.blocks.flatten(), grad.transpose(1, 2).reshape(batch, -1, block, heads, dim))
             return
         total = target.new_zeros(batch * num_blocks * heads, block * dim)
         total.index_add_(0, self._places(target).flatten(), grad.reshape(-1, block * dim))
@@ -189,13 +205,13 @@ def _gathered_attention(query, key, value, bias, pattern, global_tokens, layout,
     if global_tokens is not None:
         readers_of_all.append(global_tokens.take(query))
     elif not pattern.num_leading + pattern.num_trailing:
-        return inner.flatten(1, 2)
+        return _join(inner, 1)
     outer_query = torch.cat(readers_of_all, dim=1).transpose(1, 2)
     outer_bias = None if bias is None else bias[:, None, None]
     attend = nn.functional.scaled_dot_product_attention
     outer = attend(outer_query, key.transpose(1, 2), value.transpose(1, 2), outer_bias, scale=scaling)
     leading, trailing, *chosen = outer.transpose(1, 2).split([part.shape[1] for part in readers_of_all], dim=1)
-    context = torch.cat((leading, inner.flatten(1, 2), trailing), dim=1)
+    context = torch.cat((leading, _join(inner, 1), trailing), dim=1)
     if global_tokens is None:
         return context
     context = nn.functional.pad(context, (0, 0, 0, 0, 0, global_tokens.num_extra))
@@ -216,9 +232,10 @@ def _gathered_causal_attention(query, key, value, bias, pattern, layout, scaling
     window = _causal_bias(block_size, query.device, query.dtype, before=pattern.window - 1)
     listed = (pattern.num_leading, pattern.random_blocks.shape[2] if pattern.random_blocks is not None else 0)
     own_block = nn.functional.pad(window, [blocks * block_size for blocks in listed])
-    rows = (first, pattern.num_blocks)
+    # One row more than needed, which is left out again: of a free number of rows, torch asks whether it is 1.
+    rows = (first - 1, pattern.num_blocks)
     sparse = _attend_to_lists(query, key, value, bias, pattern, *rows, layout, scaling, own_block=own_block)
-    return torch.cat((full, sparse.flatten(1, 2)), dim=1)
+    return torch.cat((full, _join(sparse, 1)[:, block_size:]), dim=1)
 
 
 def _attend_to_lists(
@@ -230,27 +247,25 @@ def _attend_to_lists(
     lists = _list_blocks(pattern, first, last, query.device, query.dtype, structured=True)
     keys, values = (lists.gather(layout.blocks(tensor)) for tensor in (key, value))
     score_bias = lists.key_bias(bias, layout)
-    if score_bias is not None:
-        score_bias = score_bias.expand(batch, -1, -1, block_size, -1)
-    if own_block is not None:
-        score_bias = own_block if score_bias is None else torch.minimum(score_bias, own_block)
     if tokens is not None:
         unread = _unread_bias(pattern, first, last, tokens, bias, block_size, query.dtype)[:, :, :, None]
         if score_bias is None:
-            score_bias = unread.new_zeros(*unread.shape[:3], block_size, keys.shape[3])
-        score_bias = torch.cat((score_bias, unread.expand(-1, -1, -1, block_size, -1)), dim=-1)
+            score_bias = unread.new_zeros(*unread.shape[:4], keys.shape[2])
+        score_bias = torch.cat((score_bias.expand(batch, -1, -1, -1, -1), unread), dim=-1)
         chosen = (tokens.take(tensor).transpose(1, 2)[:, None] for tensor in (key, value))
         keys, values = (
-            torch.cat((tensor, more.expand(-1, tensor.shape[1], -1, -1, -1)), dim=3)
+            torch.cat((tensor, _join(more.expand(-1, last - first, -1, -1, -1), 0)), dim=2)
             for tensor, more in zip((keys, values), chosen, strict=True)
         )
-    row_query = layout.blocks(query)[:, first:last].transpose(2, 3)
-    if score_bias is not None and score_bias.dim() == 5:
-        score_bias = score_bias.flatten(0, 1)
-    context = nn.functional.scaled_dot_product_attention(
-        *(tensor.flatten(0, 1) for tensor in (row_query, keys, values)), score_bias, scale=scaling
-    )
-    return context.transpose(1, 2).unflatten(0, (batch, -1))
+    if score_bias is not None:
+        score_bias = score_bias + score_bias.new_zeros(batch, 1, 1, 1, 1)  # `expand` would copy it later, or not
+        score_bias = _join(score_bias, 0).expand(-1, -1, block_size, -1)
+    if own_block is not None:
+        score_bias = own_block if score_bias is None else torch.minimum(score_bias, own_block)
+    rows = torch.arange(first, last, device=query.device)  # not a slice, of which torch asks whether the batch is 1
+    row_query = _join(layout.blocks(query).index_select(1, rows), 0).transpose(1, 2)
+    context = nn.functional.scaled_dot_product_attention(row_query, keys, values, score_bias, scale=scaling)
+    return context.transpose(1, 2).unflatten(0, (batch, last - first))
 
 
 def _causal_bias(block_size: int, device, dtype: torch.dtype, before: int = 0) -> Tensor:
@@ -324,7 +339,7 @@ class _GatheredPart(_DensePart):
         return self.layout.blocks(tensor)[:, self.rows].flatten(0, 1).transpose(1, 2)
 
     def keys(self, tensor):
-        return self.lists.gather(self.layout.blocks(tensor)).flatten(0, 1)
+        return self.lists.gather(self.layout.blocks(tensor))
 
     def key_bias(self, mask_bias):
         bias = self.lists.key_bias(mask_bias, self.layout)
@@ -334,7 +349,7 @@ class _GatheredPart(_DensePart):
         return output.transpose(1, 2).unflatten(0, (self.batch, -1))
 
     def add(self, grad, target):
-        self.lists.scatter_add(grad.unflatten(0, (self.batch, -1)), self.layout.blocks(target))
+        self.lists.scatter_add(grad, self.layout.blocks(target))
 
 
 class _WindowPart(_DensePart):
