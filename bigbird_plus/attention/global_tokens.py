@@ -54,7 +54,7 @@ class GlobalTokens(NamedTuple):
         batch, device = self.places.shape[0], self.places.device
         blocks = torch.tensor(blocks, device=device)
         more = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).flatten().expand(batch, -1)
-        is_new = torch.isin(self.places // block_size, blocks, invert=True)
+        is_new = (self.places[..., None] // block_size != blocks).all(-1)
         is_token = is_new if self.is_token is None else is_new & self.is_token
         is_token = torch.cat((is_token, torch.ones_like(more, dtype=torch.bool)), dim=1)
         return GlobalTokens(torch.cat((self.places, more), dim=1), is_token, self.num_extra)

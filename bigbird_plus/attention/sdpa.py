@@ -83,7 +83,7 @@ def _as_sequence(blocks: Tensor) -> Tensor:
 
 
 def _reshape(tensor: Tensor, *shape: int, leading: int = 1) -> Tensor:
-    """`tensor.reshape(shape)`. While a graph is traced, by way of one dimension, and of a matrix whose rows are so many
+    """`tensor.reshape(shape)`. While a graph is traced, by way of a vector, and of a matrix whose rows are so many
     `leading` dimensions: to join dimensions of sizes `m` and `b` directly, torch asks whether `m % (m b)` is 0, to
     which it knows no answer for a free length."""
     if not is_tracing():
