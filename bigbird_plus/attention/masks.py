@@ -28,11 +28,7 @@ def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tens
     """
     if attention_mask is None:
         return None
-    if attention_mask.shape != (batch, length):
-        raise ValueError(
-            f"attention_mask must have the shape [batch, length] = [{batch}, {length}], but has "
-            f"{list(attention_mask.shape)}."
-        )
+    _check_shape("attention_mask", attention_mask, batch, length)
     mask = attention_mask != 0
     return None if may_read_values(mask) and mask.all() else mask
 
@@ -45,12 +41,15 @@ def global_mask(global_attention_mask: Tensor | None, batch: int, length: int) -
     """
     if global_attention_mask is None:
         return None
-    if global_attention_mask.shape != (batch, length):
-        raise ValueError(
-            f"global_attention_mask must have the shape [batch, length] = [{batch}, {length}], but has "
-            f"{list(global_attention_mask.shape)}."
-        )
+    _check_shape("global_attention_mask", global_attention_mask, batch, length)
     return global_attention_mask != 0
+
+
+def _check_shape(name: str, mask: Tensor, batch: int, length: int) -> None:
+    if mask.shape != (batch, length):
+        raise ValueError(
+            f"{name} must have the shape [batch, length] = [{batch}, {length}], but has {list(mask.shape)}."
+        )
 
 
 def with_extra_tokens(attention_mask: Tensor | None, count: int) -> Tensor | None:
