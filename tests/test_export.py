@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import bigbird_plus
@@ -14,7 +16,6 @@ from bigbird_plus import demo
 
 from .peers import MODELS, make_model, random_ids, random_inputs
 
-onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx", "ignore::FutureWarning")
 
 SHORTEST = 89  # that the models of these tests read sparsely
@@ -159,7 +160,6 @@ def test_export_tells_the_shortest_length():
 
 
 def test_int8_keeps_the_predictions():
-    quantization = pytest.importorskip("torchao.quantization")
     folder = bigbird_plus.demo_checkpoint()
     model = AutoModelForMaskedLM.from_pretrained(folder).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -174,7 +174,7 @@ def test_int8_keeps_the_predictions():
         return model(**inputs).logits[is_masked]
 
     exact = {attention_type: predictions(attention_type) for attention_type in ("block_sparse", "original_full")}
-    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert layers and all(type(layer.weight) is not nn.Parameter for layer in layers)
     for attention_type, logits in exact.items():
