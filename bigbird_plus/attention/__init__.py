@@ -280,15 +280,7 @@ def block_sparse_attention(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if query.dim() != 4 or query.shape != key.shape or query.shape != value.shape:
-        raise ValueError(
-            "query, key and value must have one shape, [batch, heads, length, head_dim], but have "
-            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
-        )
-    if implementation not in (None, "sdpa", "flex_attention", "eager"):
-        raise ValueError(
-            f"implementation must be 'sdpa', 'flex_attention', 'eager' or None, but is {implementation!r}."
-        )
+    _check_arguments(query, key, value, implementation)
     batch, heads, length, head_dim = query.shape
     sparsity = Sparsity(
         num_attention_heads=heads,
@@ -316,9 +308,21 @@ def block_sparse_attention(
         padded = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
         pattern = sparsity.pattern(blocks.num_blocks, layer_idx=layer_idx, training=training)
         context, probabilities = attend_sparsely(*padded, pattern, blocks.key_mask, blocks.global_tokens, **how)
-        context = context[:, :, :length]
-        probabilities = None if probabilities is None else probabilities[:, :, :length, :length]
+        context = cut(context, length, 2)
+        probabilities = None if probabilities is None else cut(cut(probabilities, length, 2), length, 3)
     return (context, probabilities) if output_attentions else context
+
+
+def _check_arguments(query: Tensor, key: Tensor, value: Tensor, implementation: str | None) -> None:
+    if query.dim() != 4 or query.shape != key.shape or query.shape != value.shape:
+        raise ValueError(
+            "query, key and value must have one shape, [batch, heads, length, head_dim], but have "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
+        )
+    if implementation not in (None, "sdpa", "flex_attention", "eager"):
+        raise ValueError(
+            f"implementation must be 'sdpa', 'flex_attention', 'eager' or None, but is {implementation!r}."
+        )
 
 
 class _NotCausal(nn.Module):
