@@ -19,14 +19,15 @@ tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
 """GELU in its tanh approximation, which oneDNN computes together with the product before it."""
 
 
-def linear(layer: nn.Module, states: Tensor, activation=None) -> Tensor:
-    """`activation(layer(states))`; without an activation, `layer(states)`.
+def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor | None = None) -> Tensor:
+    """`activation(layer(states)) + residual`, each of the two where it is given.
 
     Args:
         layer: an `nn.Linear`, or what stands in the place of one: an adapter, a quantized layer. Only a plain one, not
             watched by hooks, is taken to the faster product.
         states: `[..., in_features]`.
         activation: a function of one tensor.
+        residual: `[..., out_features]`.
 
     Returns:
         `[..., out_features]`.
@@ -40,11 +41,15 @@ def linear(layer: nn.Module, states: Tensor, activation=None) -> Tensor:
         states = layer(states)
     elif torch.is_grad_enabled():
         states = _OneDnnLinear.apply(states, layer.weight, layer.bias)
-    elif activation is tanh_gelu:
+    elif activation is tanh_gelu and residual is None:
         return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh")
+    elif activation is None and residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(states, residual, layer.weight, layer.bias, "add")
     else:
         states = onednn_product(states, layer.weight, layer.bias)
-    return states if activation is None else activation(states)
+    if activation is not None:
+        states = activation(states)
+    return states if residual is None else states + residual
 
 
 def prefers_onednn(states: Tensor) -> bool:

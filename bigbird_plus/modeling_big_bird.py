@@ -28,6 +28,7 @@ from .attention.packing import PackedInput, pack_documents
 from .attention.pattern import Sparsity, check_whole_number
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
+from .memory import pieces_at_once
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -198,7 +199,9 @@ class BigBirdOutput(nn.Module):
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """`[..., hidden_size]` from `states` of `[..., input_size]`."""
-        return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
+        if self.dropout.training:
+            return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
+        return self.LayerNorm(linear(self.dense, states, residual=residual))
 
 
 class BigBirdAttention(nn.Module):
@@ -246,6 +249,7 @@ class BigBirdLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.intermediate_size = config.intermediate_size
         self.attention = BigBirdAttention(config, layer_idx)
         if config.add_cross_attention:
             self.crossattention = BigBirdAttention(config, layer_idx, is_cross_attention=True)
@@ -272,12 +276,16 @@ class BigBirdLayer(GradientCheckpointingLayer):
             hidden_states, cross_probabilities = self.crossattention(
                 hidden_states, encoder_hidden_states, encoder_mask, past_key_values, output_attentions
             )
-        if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
-            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
-            hidden_states = torch.cat([self.feed_forward(chunk) for chunk in chunks], dim=1)
-        else:
-            hidden_states = self.feed_forward(hidden_states)
-        return hidden_states, probabilities, cross_probabilities
+        return self._feed_forward_in_chunks(hidden_states), probabilities, cross_probabilities
+
+    def _feed_forward_in_chunks(self, hidden_states: Tensor) -> Tensor:
+        size = self.chunk_size_feed_forward
+        if not size and hidden_states.device.type == "cpu" and not (torch.is_grad_enabled() or masks.is_tracing()):
+            size = pieces_at_once(hidden_states.shape[0] * self.intermediate_size * hidden_states.element_size())
+        if not size or size >= hidden_states.shape[1]:
+            return self.feed_forward(hidden_states)
+        # any size will do: a packed batch is no multiple of it
+        return torch.cat([self.feed_forward(chunk) for chunk in hidden_states.split(size, dim=1)], dim=1)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""

@@ -36,6 +36,20 @@ def test_inference(on_amd, layer, activation, shape):
     torch.testing.assert_close(actual.double(), reference(layer, states, activation), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [None, tanh_gelu, torch.tanh])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("vendor", [False, True])
+def test_residual(monkeypatch, layer, activation, grad, vendor):
+    monkeypatch.setattr(module, "_vendor_is_amd", lambda: vendor)
+    states, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 40)
+    before = residual.clone()
+    with torch.set_grad_enabled(grad):
+        actual = linear(layer, states, activation, residual)
+    expected = reference(layer, states, activation) + residual
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(residual, before)
+
+
 @pytest.mark.parametrize("activation", [None, tanh_gelu])
 def test_gradients(on_amd, layer, activation):
     states = torch.randn(2, 7, 24, requires_grad=True)

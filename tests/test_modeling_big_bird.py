@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigbird_plus import BigBirdConfig, BigBirdModel
+from bigbird_plus import BigBirdConfig, BigBirdModel, memory
 
 from .peers import make_model, random_ids, random_inputs, scale_weights, tiny_settings
 
@@ -218,6 +218,25 @@ def test_memory_is_linear_in_the_length(training):
 def test_memory_is_quadratic_only_where_attentions_are_asked_for():
     """Guards the test above: it does see such tensors."""
     assert largest_tensor(1000, training=False, output_attentions=True) >= 2 * 1000 * 1000
+
+
+def test_the_feed_forward_part_in_chunks_is_what_it_is_at_once(monkeypatch):
+    """Without gradients it runs in chunks that malloc keeps, whatever the batch, the length and the packing."""
+    model = make_model(num_hidden_layers=2).eval()
+    mask = torch.arange(150) < torch.tensor([[150], [90], [7]])
+    inputs = {"input_ids": random_ids(3, 150), "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        sizes = []
+        handle = model.encoder.layer[0].intermediate.register_forward_hook(
+            lambda _, states, __: sizes.append(states[0].shape[:2].numel())
+        )
+        monkeypatch.setattr(memory, "BYTES_AT_ONCE", 40 * model.config.intermediate_size * 4)
+        actual = model(**inputs).last_hidden_state
+        handle.remove()
+    assert len(sizes) > 5
+    assert max(sizes) <= 40
+    torch.testing.assert_close(actual, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

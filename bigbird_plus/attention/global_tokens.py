@@ -47,6 +47,11 @@ class GlobalTokens(NamedTuple):
             rows, places, tokens = rows[self.is_token], places[self.is_token], tokens[self.is_token]
         target.index_put_((rows, places), tokens)
 
+    def of_documents(self, documents: slice) -> "GlobalTokens":
+        """Those of some documents of the batch."""
+        is_token = None if self.is_token is None else self.is_token[documents]
+        return GlobalTokens(self.places[documents], is_token, self.num_extra)
+
     def with_blocks(self, blocks: tuple[int, ...], block_size: int) -> "GlobalTokens":
         """These and all tokens of some blocks."""
         if not blocks:

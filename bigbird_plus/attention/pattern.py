@@ -222,6 +222,11 @@ class BlockPattern:
         return self.num_blocks - self.num_trailing
 
     @property
+    def window(self) -> int:
+        """Blocks of a whole window."""
+        return 2 * self.half_window + 1
+
+    @property
     def inner_rows(self) -> range:
         """The blocks whose whole window lies between the outer blocks."""
         return range(self.first_row + self.half_window, max(self.last_row, self.first_row) - self.half_window)

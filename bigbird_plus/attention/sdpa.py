@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..memory import pieces_at_once, runs
 from .eager import score_dtype
 from .global_tokens import GlobalTokens, no_global_tokens
 from .masks import additive_mask, causal_mask, is_tracing
@@ -119,26 +120,24 @@ class _Lists(NamedTuple):
         rows, _, count = self.blocks.shape
         if self.blocks.shape[1] == 1:
             return _join(tensor[:, self.blocks[:, 0]].flatten(2, 3), 0).transpose(1, 2)
-        pieces = _join(_join(tensor.transpose(2, 3), 0), 0).flatten(1)
-        pieces = pieces.index_select(0, self._places(tensor).reshape(-1))
-        return _reshape(pieces, batch * rows, heads, count * block, dim)
+        vectors = _reshape(tensor, tensor.shape[:-1].numel(), dim).index_select(0, self._places(tensor).reshape(-1))
+        return _reshape(vectors, batch * rows, heads, count * block, dim)
 
     def scatter_add(self, grad: Tensor, target: Tensor) -> None:
         """The transpose of `gather`: adds `[batch * rows, heads, keys, dim]` to the blocks of `target` they are of."""
-        batch, num_blocks, block, heads, dim = target.shape
+        batch, _, block, heads, dim = target.shape
         if self.blocks.shape[1] == 1:
             target.index_add_(1, self.blocks.flatten(), grad.transpose(1, 2).reshape(batch, -1, block, heads, dim))
             return
-        total = target.new_zeros(batch * num_blocks * heads, block * dim)
-        total.index_add_(0, self._places(target).flatten(), grad.reshape(-1, block * dim))
-        target += total.view(batch, num_blocks, heads, block, dim).transpose(2, 3)
+        for document, part in zip(target, grad.unflatten(0, (batch, -1)), strict=True):
+            document.view(-1, dim).index_add_(0, self._places(document[None]).flatten(), part.reshape(-1, dim))
 
     def _places(self, tensor: Tensor) -> Tensor:
-        """`int64`, `[batch, rows, heads, blocks]`: indices among the blocks of all documents and heads, by head."""
-        batch, num_blocks, _, heads, _ = tensor.shape
-        head = torch.arange(heads, device=tensor.device)[:, None]
-        document = torch.arange(batch, device=tensor.device)[:, None, None, None]
-        return (document * num_blocks + self.blocks) * heads + head
+        """`int64`, `[batch, rows, heads, blocks, block]`: where the vectors are that the heads read, among all."""
+        batch, num_blocks, block, heads, _ = tensor.shape
+        document, token, head = (torch.arange(size, device=tensor.device) for size in (batch, block, heads))
+        blocks = document[:, None, None, None] * num_blocks + self.blocks
+        return (blocks[..., None] * block + token) * heads + head[:, None, None]
 
     def key_bias(self, mask_bias: Tensor | None, layout: _Layout) -> Tensor | None:
         """What is added to the scores of the gathered keys, broadcastable to `[batch, rows, heads, queries, keys]`."""
@@ -450,10 +449,11 @@ class _GlobalTokensPart(_DensePart):
         self.tokens.put(rows, target)
 
 
-def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout) -> list[list[_DensePart]]:
-    """The rows of the pattern, each in one group: the parts that the rows of a group read."""
+def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout, size: int) -> list[list[_DensePart]]:
+    """The rows of the pattern, each in one group: the parts that the rows of a group read. Of the rows with windows,
+    `size` make up a group."""
     if isinstance(pattern, CausalPattern):
-        return _causal_row_groups(pattern, query, layout)
+        return _causal_row_groups(pattern, query, layout, size)
     batch, device, dtype = query.shape[0], query.device, score_dtype(query)
     groups = []
     if pattern.outer_blocks:
@@ -465,39 +465,38 @@ def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout) ->
         if rows:
             lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=True)
             groups.append([_GatheredPart(layout, rows, lists, batch)])
-            if tokens is not None:
-                groups[-1].append(_UnreadTokensPart(layout, rows, pattern, tokens, dtype))
-    if inner:
-        parts = [_WindowPart(layout, inner, batch, pattern.half_window, pattern.half_window)]
+    for rows in runs(inner.start, inner.stop, size):
+        groups.append([_WindowPart(layout, rows, batch, pattern.half_window, pattern.half_window)])
         if pattern.outer_blocks:
-            rows, log_counts = slice(inner.start, inner.stop), _outer_log_counts(pattern, device, dtype)
-            parts.append(_DensePart(layout, rows, pattern.outer_blocks, log_counts))
-        if pattern.random_blocks is not None:
-            lists = _list_blocks(pattern, inner.start, inner.stop, device, dtype, structured=False)
-            parts.append(_GatheredPart(layout, inner, lists, batch))
-        if tokens is not None:
-            parts.append(_UnreadTokensPart(layout, inner, pattern, tokens, dtype))
-        groups.append(parts)
+            log_counts = _outer_log_counts(pattern, device, dtype)
+            groups[-1].append(_DensePart(layout, slice(rows.start, rows.stop), pattern.outer_blocks, log_counts))
+        groups[-1] += _random_parts(pattern, rows, batch, layout, device, dtype)
+    if tokens is not None:
+        for parts in groups[bool(pattern.outer_blocks) :]:
+            parts.append(_UnreadTokensPart(layout, parts[0].rows, pattern, tokens, dtype))
     return groups
 
 
-def _causal_row_groups(pattern: CausalPattern, query: Tensor, layout: _Layout) -> list[list[_DensePart]]:
+def _causal_row_groups(pattern: CausalPattern, query: Tensor, layout: _Layout, size: int) -> list[list[_DensePart]]:
     """The same for a decoder."""
     batch, device, dtype = query.shape[0], query.device, score_dtype(query)
-    rows = range(pattern.first_sparse_row, pattern.num_blocks)
-    full = slice(0, rows.start)
+    full = slice(0, pattern.first_sparse_row)
     groups = [[_DensePart(layout, full, full, is_causal=True)]]
-    if rows:
-        before = pattern.window - 1
-        own_block = _causal_bias(layout.block_size, device, dtype, before)
-        parts = [_WindowPart(layout, rows, batch, before, 0, own_block)]
+    before = pattern.window - 1
+    own_block = _causal_bias(layout.block_size, device, dtype, before)
+    for rows in runs(full.stop, pattern.num_blocks, size):
+        groups.append([_WindowPart(layout, rows, batch, before, 0, own_block)])
         if pattern.num_leading:
-            parts.append(_DensePart(layout, slice(rows.start, rows.stop), slice(0, pattern.num_leading)))
-        if pattern.random_blocks is not None:
-            lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=False)
-            parts.append(_GatheredPart(layout, rows, lists, batch))
-        groups.append(parts)
+            groups[-1].append(_DensePart(layout, slice(rows.start, rows.stop), slice(0, pattern.num_leading)))
+        groups[-1] += _random_parts(pattern, rows, batch, layout, device, dtype)
     return groups
+
+
+def _random_parts(pattern, rows: range, batch: int, layout: _Layout, device, dtype) -> list[_DensePart]:
+    if pattern.random_blocks is None:
+        return []
+    lists = _list_blocks(pattern, rows.start, rows.stop, device, dtype, structured=False)
+    return [_GatheredPart(layout, rows, lists, batch)]
 
 
 def _outer_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tensor | None:
@@ -510,31 +509,16 @@ def _outer_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tens
 
 
 class _MergedFlashAttention(torch.autograd.Function):
-    """Block-sparse attention on `[batch, tokens, heads, dim]`, from flash attentions that are merged. The global
-    tokens come last: what they read as members of their blocks does not count."""
+    """Block-sparse attention on `[batch, tokens, heads, dim]`, from flash attentions that are merged."""
 
     @staticmethod
     def forward(ctx, query, key, value, bias, pattern, tokens, layout, scaling):
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         log_sum_exp = torch.empty(query.shape[:-1], dtype=score_dtype(query))
-        groups = _row_groups(pattern, query, tokens, layout)
-        if tokens is not None:
-            groups.append([_GlobalTokensPart(layout, tokens)])
-        for parts in groups:
-            merged = None
-            for part in parts:
-                out, lse = _flash(
-                    part.queries(query),
-                    part.keys(key),
-                    part.keys(value),
-                    is_causal=part.is_causal,
-                    attn_mask=part.key_bias(bias),
-                    scale=scaling,
-                )
-                result = (part.to_rows(t) for t in (out, lse.unsqueeze(-1)))
-                merged = tuple(result) if merged is None else _merge(*merged, *result)
-            part.put(merged[0], output)
-            part.put(merged[1].squeeze(-1), log_sum_exp)
+        for documents, groups in _shares(query, pattern, tokens, layout):
+            inputs = _of(documents, query, key, value, bias)
+            for parts in groups:
+                _attend(*_of(documents, output, log_sum_exp), parts, *inputs, scaling)
         ctx.save_for_backward(query, key, value, bias, output, log_sum_exp)
         ctx.pattern, ctx.tokens, ctx.layout, ctx.scaling = pattern, tokens, layout, scaling
         return output
@@ -542,22 +526,66 @@ class _MergedFlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        *tensors, log_sum_exp = ctx.saved_tensors
-        tokens, layout = ctx.tokens, ctx.layout
-        grads = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors[:3])
-        groups, elsewhere = _row_groups(ctx.pattern, tensors[0], tokens, layout), log_sum_exp
-        if tokens is not None:
-            elsewhere = log_sum_exp.clone()
-            tokens.put(torch.full_like(tokens.take(elsewhere), torch.finfo(elsewhere.dtype).max), elsewhere)
-        for parts in groups:
-            _add_gradients(grads, parts, grad_output, *tensors, elsewhere, ctx.scaling)
-        if tokens is not None:
-            _add_gradients(grads, [_GlobalTokensPart(layout, tokens)], grad_output, *tensors, log_sum_exp, ctx.scaling)
+        query, key, value, bias, output, log_sum_exp = ctx.saved_tensors
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_key, grad_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
+        grads, saved = (grad_query, grad_key, grad_value), (query, key, value, bias, output)
+        elsewhere = _outside_of_global_tokens(log_sum_exp, ctx.tokens)
+        for documents, groups in _shares(query, ctx.pattern, ctx.tokens, ctx.layout):
+            inputs = _of(documents, grad_output, *saved)
+            for parts in groups:
+                lse = log_sum_exp if isinstance(parts[0], _GlobalTokensPart) else elsewhere
+                _add_gradients(_of(documents, *grads), parts, *inputs, *_of(documents, lse), ctx.scaling)
         return *grads, None, None, None, None, None
 
 
+def _shares(query, pattern, tokens: GlobalTokens | None, layout: _Layout):
+    """What is done at once, so that the memory that it takes is used again for the next: as slices of the documents of
+    the batch, with the `_row_groups` of each. The global tokens come last: what they read as members of their blocks
+    does not count."""
+    batch, _, heads, dim = query.shape
+    size = pieces_at_once(pattern.window * layout.block_size * heads * dim * query.element_size())
+    for share in runs(0, batch, max(1, size // layout.num_blocks)):
+        documents = slice(share.start, share.stop)
+        own = None if tokens is None else tokens.of_documents(documents)
+        groups = _row_groups(pattern, query[documents], own, layout, size)
+        yield documents, groups if own is None else [*groups, [_GlobalTokensPart(layout, own)]]
+
+
+def _of(documents: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[documents] for tensor in tensors]
+
+
+def _outside_of_global_tokens(log_sum_exp: Tensor, tokens: GlobalTokens | None) -> Tensor:
+    """`log_sum_exp`, `[batch, tokens, heads]`, but huge at the global tokens: their probabilities are zero then."""
+    if tokens is None:
+        return log_sum_exp
+    elsewhere = log_sum_exp.clone()
+    tokens.put(torch.full_like(tokens.take(elsewhere), torch.finfo(elsewhere.dtype).max), elsewhere)
+    return elsewhere
+
+
+def _attend(output, log_sum_exp, parts, query, key, value, bias, scaling) -> None:
+    """Writes to `output` and `log_sum_exp` what comes to a group of rows."""
+    merged = None
+    for part in parts:
+        out, lse = _flash(
+            part.queries(query),
+            part.keys(key),
+            part.keys(value),
+            is_causal=part.is_causal,
+            attn_mask=part.key_bias(bias),
+            scale=scaling,
+        )
+        result = (part.to_rows(t) for t in (out, lse.unsqueeze(-1)))
+        merged = tuple(result) if merged is None else _merge(*merged, *result)
+    part.put(merged[0], output)
+    part.put(merged[1].squeeze(-1), log_sum_exp)
+
+
 def _add_gradients(grads, parts, grad_output, query, key, value, bias, output, log_sum_exp, scaling) -> None:
-    """Adds to `grads`, of queries, keys and values, what comes to them through a group of rows."""
+    """What comes to queries, keys and values through a group of rows: written to the first of `grads`, added to the
+    others."""
     grad_query, grad_key, grad_value = grads
     grad_rows = None
     for part in parts:
@@ -574,13 +602,15 @@ def _add_gradients(grads, parts, grad_output, query, key, value, bias, output, l
             scale=scaling,
         )
         part_rows = part.to_rows(part_grads[0])
-        grad_rows = part_rows if grad_rows is None else grad_rows + part_rows
+        grad_rows = part_rows if grad_rows is None else grad_rows.add_(part_rows)
         part.add(part_grads[1], grad_key)
         part.add(part_grads[2], grad_value)
     part.put(grad_rows, grad_query)
 
 
 def _merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from the attentions over either, each with its log-sum-exp `[..., 1]`."""
+    """Attention over two sets of keys from the attentions over either, each with its log-sum-exp `[..., 1]`. In place
+    of the first."""
     share = torch.sigmoid(other_lse - log_sum_exp)
-    return torch.lerp(output, other, share.to(output.dtype)), torch.logaddexp(log_sum_exp, other_lse)
+    torch.logaddexp(log_sum_exp, other_lse, out=log_sum_exp)
+    return output.lerp_(other, share.to(output.dtype)), log_sum_exp

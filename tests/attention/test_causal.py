@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigbird_plus import Sparsity
+from bigbird_plus import Sparsity, memory
 from bigbird_plus.attention import causal, sdpa
 from bigbird_plus.attention.random_blocks import CausalPlan
 
@@ -208,6 +208,8 @@ def test_a_pass_from_the_start(case):
 
     check()
     check(implementation="eager")
+    with mock.patch.object(memory, "BYTES_AT_ONCE", 1):
+        check()
     with gathered():
         check()
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigbird_plus import Sparsity
+from bigbird_plus import Sparsity, memory
 from bigbird_plus.attention import eager, sdpa
 from bigbird_plus.attention.global_tokens import find_global_tokens
 
@@ -33,6 +33,7 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
         "extra": others.get("extra", 0),
         "chosen": others.get("chosen", 0),
         "seed": others.get("seed", 0),
+        "at_once": others.get("at_once", memory.BYTES_AT_ONCE),
     }
 
 
@@ -56,6 +57,7 @@ def cases(draw):
         training=draw(st.booleans()),
         padding=draw(st.sampled_from(["none", "right", "left", "anywhere", "everything"])),
         seed=draw(st.integers(0, 99)),
+        at_once=draw(st.sampled_from([memory.BYTES_AT_ONCE, 10_000, 1])),
     )
 
 
@@ -103,7 +105,8 @@ def check_against_definition(case, dtype, *, merges):
     arguments = (case["pattern"], mask, weight, tokens)
     exact = run(eager.block_sparse_attention, tensors, torch.float64, *arguments)
     definition = run(eager.block_sparse_attention, tensors, dtype, *arguments)
-    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+    ways = mock.patch.object(sdpa, "_can_merge", lambda query: merges)
+    with ways, mock.patch.object(memory, "BYTES_AT_ONCE", case["at_once"]):
         engine = run(sdpa.block_sparse_attention, tensors, dtype, *arguments)
     for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
         size = a.abs().max().clamp(min=1)
@@ -122,6 +125,8 @@ def check_against_definition(case, dtype, *, merges):
 @example(case=case(5, 3, 2, padding="anywhere", training=True, batch=3), dtype=torch.float64)
 @example(case=case(r=1, chosen=0.2, extra=3, padding="left", training=True, batch=3), dtype=torch.float64)
 @example(case=case(r=1, indices=[0, 4, 7, -3, 40], chosen=0.2, training=True, batch=2), dtype=torch.float64)
+@example(case=case(r=1, chosen=0.2, extra=3, padding="left", training=True, batch=3, at_once=1), dtype=torch.float64)
+@example(case=case(extra_blocks=9, padding="right", training=True, batch=3, at_once=20_000), dtype=torch.float64)
 @example(case=case(r=2, indices=[], extra=1, different_layouts=False, training=True), dtype=torch.float32)
 @settings(max_examples=100)
 def test_agrees_with_the_definition(case, dtype, merges):

@@ -1,0 +1,18 @@
+"""How much is done at once on a CPU.
+
+malloc keeps memory for its next use, but gives large pieces (glibc: over 32 MiB) back to the system at once, and the
+system clears each page before it lends it again, which takes longer than to write to it. What is done in pieces below
+that limit uses the same memory over and over.
+"""
+
+BYTES_AT_ONCE = 24 * 2**20
+
+
+def pieces_at_once(size: int) -> int:
+    """How many pieces of `size` bytes each are done at once, at least one."""
+    return max(1, BYTES_AT_ONCE // size)
+
+
+def runs(start: int, stop: int, size: int) -> list[range]:
+    """`range(start, stop)` in ranges of `size`; the last one may be shorter."""
+    return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
