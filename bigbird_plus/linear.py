@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .attention.masks import is_exporting, is_tracing
+from .pieces import is_watched
 
 tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
 """GELU in its tanh approximation, which oneDNN computes together with the product before it."""
@@ -89,13 +90,7 @@ def _vendor_is_amd() -> bool:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` is nothing but a product with its weight."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and not layer._backward_pre_hooks
-    )
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_watched(layer)
 
 
 def _suits(weight: Tensor, states: Tensor) -> bool:

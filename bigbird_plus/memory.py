@@ -10,7 +10,7 @@ BYTES_AT_ONCE = 24 * 2**20
 
 def pieces_at_once(size: int) -> int:
     """How many pieces of `size` bytes each are done at once, at least one."""
-    return max(1, BYTES_AT_ONCE // size)
+    return max(1, BYTES_AT_ONCE // max(1, size))
 
 
 def runs(start: int, stop: int, size: int) -> list[range]:

@@ -28,7 +28,7 @@ from .attention.packing import PackedInput, pack_documents
 from .attention.pattern import Sparsity, check_whole_number
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
-from .memory import pieces_at_once
+from .pieces import in_pieces
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -81,11 +81,17 @@ class BigBirdEmbeddings(nn.Module):
 
     def forward(self, input_ids, token_type_ids, position_ids, inputs_embeds) -> Tensor:
         """`[batch, length, hidden_size]`, from ids of `[batch, length]`; `inputs_embeds` stands for `input_ids`."""
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.scale != 1.0:
-            words = words * self.scale
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
+        width = self.word_embeddings.embedding_dim
+        tensors = (inputs, token_type_ids, position_ids)
+        return in_pieces(self._embed, *tensors, width=width, modules=self.children())
+
+    def _embed(self, inputs, token_type_ids, position_ids):
+        words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
+        if self.scale != 1.0:
+            words = words * self.scale
         embeddings = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
         return self.LayerNorm(self.dropout(embeddings))
 
@@ -198,7 +204,10 @@ class BigBirdOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
-        """`[..., hidden_size]` from `states` of `[..., input_size]`."""
+        """`[batch, length, hidden_size]` from `states` of `[batch, length, input_size]`."""
+        return in_pieces(self._project, states, residual, width=residual.shape[-1], modules=self.children())
+
+    def _project(self, states, residual):
         if self.dropout.training:
             return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
         return self.LayerNorm(linear(self.dense, states, residual=residual))
@@ -276,16 +285,13 @@ class BigBirdLayer(GradientCheckpointingLayer):
             hidden_states, cross_probabilities = self.crossattention(
                 hidden_states, encoder_hidden_states, encoder_mask, past_key_values, output_attentions
             )
-        return self._feed_forward_in_chunks(hidden_states), probabilities, cross_probabilities
-
-    def _feed_forward_in_chunks(self, hidden_states: Tensor) -> Tensor:
-        size = self.chunk_size_feed_forward
-        if not size and hidden_states.device.type == "cpu" and not (torch.is_grad_enabled() or masks.is_tracing()):
-            size = pieces_at_once(hidden_states.shape[0] * self.intermediate_size * hidden_states.element_size())
-        if not size or size >= hidden_states.shape[1]:
-            return self.feed_forward(hidden_states)
-        # any size will do: a packed batch is no multiple of it
-        return torch.cat([self.feed_forward(chunk) for chunk in hidden_states.split(size, dim=1)], dim=1)
+        if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
+            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
+            hidden_states = torch.cat([self.feed_forward(chunk) for chunk in chunks], dim=1)
+        else:
+            modules = (self.intermediate, self.output)
+            hidden_states = in_pieces(self.feed_forward, hidden_states, width=self.intermediate_size, modules=modules)
+        return hidden_states, probabilities, cross_probabilities
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""

@@ -220,23 +220,38 @@ def test_memory_is_quadratic_only_where_attentions_are_asked_for():
     assert largest_tensor(1000, training=False, output_attentions=True) >= 2 * 1000 * 1000
 
 
-def test_the_feed_forward_part_in_chunks_is_what_it_is_at_once(monkeypatch):
-    """Without gradients it runs in chunks that malloc keeps, whatever the batch, the length and the packing."""
-    model = make_model(num_hidden_layers=2).eval()
-    mask = torch.arange(150) < torch.tensor([[150], [90], [7]])
-    inputs = {"input_ids": random_ids(3, 150), "attention_mask": mask}
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+@pytest.mark.parametrize("fields", [{}, {"pattern_per_document": True}, {"num_extra_global_tokens": 2}])
+def test_what_takes_each_token_by_itself_is_done_in_pieces(monkeypatch, given, fields):
+    """Without gradients, for so many tokens at once that malloc keeps the memory; the same numbers."""
+    model = make_model(**fields).eval()
+    sizes = set()
+    layer_norm = torch.nn.functional.layer_norm
+    note = lambda states, *others: sizes.add(states.shape[:-1].numel()) or layer_norm(states, *others)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", note)
+    ids = random_ids(3, 200)
+    inputs = {given: ids if given == "input_ids" else model.get_input_embeddings()(ids).detach()}
+    inputs["attention_mask"] = torch.arange(200) < torch.tensor([[200], [SPARSE], [7]])
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        sizes = []
-        handle = model.encoder.layer[0].intermediate.register_forward_hook(
-            lambda _, states, __: sizes.append(states[0].shape[:2].numel())
-        )
-        monkeypatch.setattr(memory, "BYTES_AT_ONCE", 40 * model.config.intermediate_size * 4)
+        assert max(sizes) > 60
+        sizes.clear()
+        monkeypatch.setattr(memory, "BYTES_AT_ONCE", 60 * model.config.hidden_size * 4)
         actual = model(**inputs).last_hidden_state
-        handle.remove()
-    assert len(sizes) > 5
-    assert max(sizes) <= 40
+    assert max(sizes) <= 60
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["intermediate", "output", "output.dense", "attention.output.LayerNorm"])
+def test_modules_that_are_watched_are_called_once(monkeypatch, name):
+    monkeypatch.setattr(memory, "BYTES_AT_ONCE", 1000)
+    model, lengths = make_model().eval(), []
+    layer = model.encoder.layer[1]
+    layer.get_submodule(name).register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        length = model(random_ids(1, SPARSE)).last_hidden_state.shape[1]
+    assert len(lengths) == 1
+    assert lengths[0] >= length
 
 
 # ---------------------------------------------------------------------------------------------------------------------
