@@ -10,7 +10,9 @@ from .memory import pieces_at_once, runs
 
 
 def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Module]) -> Tensor:
-    """`function(*tensors)`; on a CPU and without gradients, for some tokens after others.
+    """`function(*tensors)`; on a CPU, in evaluation and without gradients, for some tokens after others.
+
+    In training it is called once: gradient checkpointing needs the same dropout with and without gradients.
 
     Args:
         function: from tensors of `[batch, tokens, ...]` to `[batch, tokens, ...]`, each token by itself.
@@ -21,7 +23,7 @@ def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Modul
     batch, length = tensors[0].shape[:2]
     size = pieces_at_once(batch * width * torch.float32.itemsize)
     is_one = size >= length or tensors[0].device.type != "cpu" or torch.is_grad_enabled() or is_tracing()
-    if is_one or any(map(is_watched, modules)):
+    if is_one or any(module.training or is_watched(module) for module in modules):
         return function(*tensors)
     result = None
     for piece in runs(0, length, size):
