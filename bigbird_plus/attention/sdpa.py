@@ -116,11 +116,12 @@ class _Lists(NamedTuple):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch * rows, heads, keys, dim]`."""
-        batch, _, block, heads, dim = tensor.shape
+        batch, num_blocks, block, heads, dim = tensor.shape
         rows, _, count = self.blocks.shape
         if self.blocks.shape[1] == 1:
             return _join(tensor[:, self.blocks[:, 0]].flatten(2, 3), 0).transpose(1, 2)
-        vectors = _reshape(tensor, tensor.shape[:-1].numel(), dim).index_select(0, self._places(tensor).reshape(-1))
+        vectors = _reshape(tensor, batch * num_blocks * block * heads, dim)
+        vectors = vectors.index_select(0, self._places(tensor).reshape(-1))
         return _reshape(vectors, batch * rows, heads, count * block, dim)
 
     def scatter_add(self, grad: Tensor, target: Tensor) -> None:
