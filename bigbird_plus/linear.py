@@ -45,7 +45,7 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
     elif activation is tanh_gelu and residual is None:
         return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh")
     elif activation is None and residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(states, residual, layer.weight, layer.bias, "add")
+        return onednn_product_and_sum(states, layer.weight, layer.bias, residual)
     else:
         states = onednn_product(states, layer.weight, layer.bias)
     if activation is not None:
@@ -65,10 +65,11 @@ def prefers_onednn(states: Tensor) -> bool:
 
 @cache
 def has_onednn() -> bool:
-    """Whether this torch has the operator, which is not part of its public interface."""
+    """Whether this torch has the operators, which are not part of its public interface."""
     try:
         one = torch.ones(1, 1)
-        return torch.backends.mkldnn.is_available() and onednn_product(one, one, None).item() == 1
+        has_product = torch.backends.mkldnn.is_available() and onednn_product(one, one, None).item() == 1
+        return has_product and onednn_product_and_sum(one, one, None, one).item() == 2
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -100,6 +101,11 @@ def _suits(weight: Tensor, states: Tensor) -> bool:
 def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):
     """oneDNN's `activation(states weight^T + bias)`."""
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], algorithm)
+
+
+def onednn_product_and_sum(states: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """oneDNN's `states weight^T + bias + residual`."""
+    return torch.ops.mkldnn._linear_pointwise.binary(states, residual, weight, bias, "add")
 
 
 class _OneDnnLinear(torch.autograd.Function):

@@ -20,10 +20,11 @@ def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Modul
         width: how many numbers `function` makes of a token at most.
         modules: those that `function` calls. Where hooks watch them, they are called once for all tokens.
     """
+    if is_tracing() or torch.is_grad_enabled() or tensors[0].device.type != "cpu":
+        return function(*tensors)  # before the sizes are asked for: graphs are for any
     batch, length = tensors[0].shape[:2]
     size = pieces_at_once(batch * width * torch.float32.itemsize)
-    is_one = size >= length or tensors[0].device.type != "cpu" or torch.is_grad_enabled() or is_tracing()
-    if is_one or any(module.training or is_watched(module) for module in modules):
+    if size >= length or any(module.training or is_watched(module) for module in modules):
         return function(*tensors)
     result = None
     for piece in runs(0, length, size):

@@ -130,8 +130,9 @@ class _Lists(NamedTuple):
         if self.blocks.shape[1] == 1:
             target.index_add_(1, self.blocks.flatten(), grad.transpose(1, 2).reshape(batch, -1, block, heads, dim))
             return
+        places = self._places(target[:1]).flatten()
         for document, part in zip(target, grad.unflatten(0, (batch, -1)), strict=True):
-            document.view(-1, dim).index_add_(0, self._places(document[None]).flatten(), part.reshape(-1, dim))
+            document.view(-1, dim).index_add_(0, places, part.reshape(-1, dim))
 
     def _places(self, tensor: Tensor) -> Tensor:
         """`int64`, `[batch, rows, heads, blocks, block]`: where the vectors are that the heads read, among all."""
