@@ -4,8 +4,12 @@ import inspect
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 _MASK_SIZES_TAKE_POSITIONS = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
+"""What outputs and `generate` call the cache. Models take it under either name."""
 
 
 def cached_key_length(cache, queries: int, cache_position: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ from numbers import Real
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from ._compat import CACHE
 from .attention.pattern import Sparsity, check_whole_number
 
 ATTENTION_TYPES = ("block_sparse", "original_full")
@@ -76,7 +77,7 @@ class BigBirdConfig(PretrainedConfig):
     """
 
     model_type = "big_bird"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput, logging
 
+from ._compat import CACHE
 from .attention import masks
 from .modeling_big_bird import (
     BigBirdIntermediate,
@@ -382,6 +383,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         global_attention_mask: Tensor | None = None,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
@@ -402,6 +404,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -418,10 +421,10 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
         return as_requested(output, return_dict, self.config)
 

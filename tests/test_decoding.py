@@ -11,6 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 import bigbird_plus
 from bigbird_plus import BigBirdConfig, BigBirdForCausalLM, BigBirdModel
+from bigbird_plus._compat import CACHE
 
 from .peers import make_pair, random_ids, scale_weights, tiny_settings
 
@@ -326,6 +327,26 @@ def test_tuples_of_earlier_versions_come_back_as_tuples():
     assert [tuple(part.shape for part in layer) for layer in output.past_key_values] == 2 * [2 * ((2, 4, 130, 8),)]
     assert_close(output.logits, logits(model, ids)[:, 120:])
     assert tuples[0][0].shape == (2, 4, 120, 8)
+
+
+@pytest.mark.parametrize("model_class", [BigBirdForCausalLM, BigBirdModel])
+def test_the_cache_has_the_names_of_all_versions(monkeypatch, model_class):
+    """And nobody is told to use another one, who has used none."""
+    said = []
+    monkeypatch.setattr(transformers.utils.generic.logger, "warning_once", said.append)
+    model, ids = decoder(model_class), random_ids(1, 130)
+    results = []
+    with torch.no_grad():
+        for name in ("past_key_values", "cache"):
+            first = model(ids[:, :120])
+            results.append(model(ids[:, 120:], **{name: first[CACHE]})[0])
+            assert first[CACHE].get_seq_length() == 130
+        with pytest.raises(ValueError, match=r"past_key_values and cache .* Give one of them"):
+            model(ids[:, 120:], past_key_values=first[CACHE], cache=first[CACHE])
+        assert_close(results[0], model(ids)[0][:, 120:])
+    assert torch.equal(*results)
+    assert not said
+    assert model.config.keys_to_ignore_at_inference == [CACHE]
 
 
 def test_no_cache_unless_wanted():
