@@ -20,6 +20,10 @@ tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
 """GELU in its tanh approximation, which oneDNN computes together with the product before it."""
 
 
+NUMBERS_IN_CACHE = 2**18
+"""How many are taken through several operations together."""
+
+
 def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor | None = None) -> Tensor:
     """`activation(layer(states)) + residual`, each of the two where it is given.
 
@@ -38,8 +42,12 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
         # of the attention).
         *sizes, features = states.shape
         states = layer(states.reshape(-1).view(math.prod(sizes), features)).unflatten(0, sizes)
-    elif not (_is_plain(layer) and _suits(layer.weight, states) and prefers_onednn(states)):
+    elif not (_is_plain(layer) and _suits(layer.weight, states)):
         states = layer(states)
+    elif not prefers_onednn(states):
+        states = layer(states)
+        if activation is tanh_gelu and residual is None and _activates_in_place(states):
+            return _tanh_gelu_in_place(states)
     elif torch.is_grad_enabled():
         states = _OneDnnLinear.apply(states, layer.weight, layer.bias)
     elif activation is tanh_gelu and residual is None:
@@ -96,6 +104,23 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _suits(weight: Tensor, states: Tensor) -> bool:
     return weight.dtype == states.dtype and weight.device == states.device and states.numel() > 0
+
+
+def _activates_in_place(states: Tensor) -> bool:
+    """Whether `tanh_gelu` of a product that nobody else sees runs in float32 on a CPU, without gradients."""
+    if states.device.type != "cpu" or states.dtype is not torch.float32:
+        return False
+    return not torch.is_grad_enabled() and not is_tracing()
+
+
+def _tanh_gelu_in_place(states: Tensor) -> Tensor:
+    """`x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))`, which is the same, for as many rows at a time as stay in the
+    cache. Torch's own kernel takes twice as long, for its tanh."""
+    factor = torch.tensor(2 * math.sqrt(2 / math.pi))
+    cubic = 0.044715 * factor.item()
+    for rows in states.view(-1, states.shape[-1]).split(max(1, NUMBERS_IN_CACHE // states.shape[-1])):
+        rows.mul_(torch.addcmul(factor, rows, rows, value=cubic).mul_(rows).sigmoid_())
+    return states
 
 
 def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):

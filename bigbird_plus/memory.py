@@ -5,7 +5,9 @@ system clears each page before it lends it again, which takes longer than to wri
 that limit uses the same memory over and over.
 """
 
-BYTES_AT_ONCE = 24 * 2**20
+from itertools import pairwise
+
+BYTES_AT_ONCE = 16 * 2**20
 
 
 def pieces_at_once(size: int) -> int:
@@ -14,5 +16,7 @@ def pieces_at_once(size: int) -> int:
 
 
 def runs(start: int, stop: int, size: int) -> list[range]:
-    """`range(start, stop)` in ranges of `size`; the last one may be shorter."""
-    return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+    """`range(start, stop)` in as few ranges of at most `size` as there can be, all of about one size."""
+    count = -(-(stop - start) // size)
+    bounds = [start + (stop - start) * index // count for index in range(count)] + [stop]
+    return [range(*pair) for pair in pairwise(bounds)]

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.pytorch_utils import prune_linear_layer
 
-from ._compat import cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
+from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
 from .attention import (
     SparseInput,
     attend_fully,
@@ -22,13 +22,17 @@ from .attention import (
     make_sparse_input,
     masks,
     pad_to_blocks,
+    sparse_engine,
 )
 from .attention.causal import CausalInput, attend_causally, make_causal_input
 from .attention.packing import PackedInput, pack_documents
-from .attention.pattern import Sparsity, check_whole_number
+from .attention.pattern import BlockPattern, Sparsity, check_whole_number
+from .attention.sdpa import can_merge
+from .attention.streaming import AttentionStream, is_streamable
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
-from .pieces import in_pieces
+from .memory import pieces_at_once, runs
+from .pieces import in_pieces, is_watched
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -48,6 +52,17 @@ def as_requested(output, return_dict: bool | None, config):
     if wants_tuples(config) if return_dict is None else not return_dict:
         return output.to_tuple()
     return output
+
+
+def the_cache(past_key_values, cache):
+    """That which was given, under one of its names.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of the same. Give one of them.")
+    return cache if past_key_values is None else past_key_values
 
 
 def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
@@ -115,6 +130,7 @@ class BigBirdSelfAttention(nn.Module):
         self.is_causal = is_causal  # transformers' attention functions look for it
         self.heads = list(range(config.num_attention_heads))  # those that were not pruned
         self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
@@ -129,7 +145,7 @@ class BigBirdSelfAttention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The context, `[batch, length, heads * head_dim]`, and the probabilities or None."""
-        key, value = (self._split_heads(linear(layer, hidden_states)) for layer in (self.key, self.value))
+        key, value = self.keys_and_values(hidden_states)
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
         if past_key_values is not None:
@@ -137,9 +153,9 @@ class BigBirdSelfAttention(nn.Module):
         return self._attend(hidden_states, key, value, mask, head_mask, output_attentions)
 
     def _attend(self, hidden_states, key, value, mask, head_mask, output_attentions):
-        query = self._split_heads(linear(self.query, hidden_states))
+        query = self.queries(hidden_states)
         how = {
-            "scaling": self.head_dim**-0.5,
+            "scaling": self.scaling,
             "implementation": self.config._attn_implementation,
             "output_attentions": output_attentions,
         }
@@ -148,10 +164,8 @@ class BigBirdSelfAttention(nn.Module):
             how = {**how, "dropout": dropout, "layer_idx": self.layer_idx, "heads": self.heads}
             context, probabilities = attend_in_documents(self, query, key, value, mask, **how)
         elif isinstance(mask, SparseInput):
-            pattern = mask.sparsity.pattern(mask.num_blocks, layer_idx=self.layer_idx, training=self.training)
-            pattern = pattern.for_heads(self.heads)
-            tokens = mask.global_tokens
-            context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, tokens, **how)
+            arguments = (query, key, value, self.pattern(mask), mask.key_mask, mask.global_tokens)
+            context, probabilities = attend_sparsely(*arguments, **how)
         elif isinstance(mask, CausalInput):
             pattern = mask.sparsity.causal_pattern(mask.num_blocks, layer_idx=self.layer_idx).for_heads(self.heads)
             context, probabilities = attend_causally(query, key, value, pattern, mask, **how)
@@ -161,6 +175,20 @@ class BigBirdSelfAttention(nn.Module):
             context = context * head_mask[:, None, None]
             probabilities = None if probabilities is None else probabilities * head_mask[:, None, None]
         return context.transpose(1, 2).flatten(2), probabilities
+
+    def queries(self, states: Tensor) -> Tensor:
+        """`[batch, heads, length, head_dim]` of `[batch, length, hidden_size]`."""
+        return self._split_heads(linear(self.query, states))
+
+    def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in the shape of the queries."""
+        return self._split_heads(linear(self.key, states)), self._split_heads(linear(self.value, states))
+
+    def pattern(self, sparse_input: SparseInput) -> BlockPattern:
+        """Which blocks read which in this layer."""
+        sparsity, num_blocks = sparse_input.sparsity, sparse_input.num_blocks
+        pattern = sparsity.pattern(num_blocks, layer_idx=self.layer_idx, training=self.training)
+        return pattern.for_heads(self.heads)
 
     def _split_heads(self, states: Tensor) -> Tensor:
         """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""
@@ -179,15 +207,15 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BigBirdSelfAttention.forward`, on `encoder_hidden_states` of `[batch, source length, hidden_size]`."""
-        key, value = self._keys_and_values(encoder_hidden_states, past_key_values)
+        key, value = self._cached_keys_and_values(encoder_hidden_states, past_key_values)
         return self._attend(hidden_states, key, value, mask, None, output_attentions)
 
-    def _keys_and_values(self, encoder_hidden_states, past_key_values):
+    def _cached_keys_and_values(self, encoder_hidden_states, past_key_values):
         cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        key, value = (self._split_heads(linear(layer, encoder_hidden_states)) for layer in (self.key, self.value))
+        key, value = self.keys_and_values(encoder_hidden_states)
         if cache is not None:
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
@@ -297,6 +325,36 @@ class BigBirdLayer(GradientCheckpointingLayer):
         """`[batch, length, hidden_size]`, each token by itself."""
         return self.output(self.intermediate(hidden_states), hidden_states)
 
+    def stream(self, hidden_states: Tensor, mask: SparseInput) -> None:
+        """As `forward`, in inference, but written over `hidden_states`, some blocks after others. What that takes does
+        not grow with the length."""
+        for index, document in enumerate(hidden_states.split(1)):
+            self._stream_document(document, mask, None if mask.key_mask is None else mask.key_mask[index : index + 1])
+
+    def _stream_document(self, states, mask, key_mask):
+        attention, block_size = self.attention.self, mask.sparsity.block_size
+        pattern = attention.pattern(mask)
+        first, last = pattern.first_row * block_size, pattern.last_row * block_size
+        ends = torch.cat((states[:, :first], states[:, last:]), dim=1)
+        asked, read = attention.queries(ends), attention.keys_and_values(ends)
+        stream = AttentionStream(pattern, block_size, asked, *read, key_mask, scaling=attention.scaling)
+        for rows in runs(pattern.first_row, pattern.last_row, self.blocks_at_once(states, mask)):
+            blocks = stream.blocks_before(rows)
+            if blocks:
+                stream.read(*attention.keys_and_values(states[:, stream.tokens(blocks)]))
+            run = states[:, stream.tokens(rows)]
+            run.copy_(self._behind_attention(stream.attend(rows, attention.queries(run)), run))
+        ends = self._behind_attention(stream.outer_context(), ends)
+        states[:, :first], states[:, last:] = ends[:, :first], ends[:, first:]
+
+    def _behind_attention(self, context, states):
+        return self.feed_forward(self.attention.output(context.transpose(1, 2).flatten(2), states))
+
+    def blocks_at_once(self, hidden_states: Tensor, mask: SparseInput) -> int:
+        """How many blocks of a document `stream` takes together."""
+        size = self.intermediate_size * mask.sparsity.block_size * hidden_states.element_size()
+        return pieces_at_once(size)
+
 
 class BigBirdEncoder(nn.Module):
     """The stack of layers."""
@@ -318,9 +376,15 @@ class BigBirdEncoder(nn.Module):
         past_key_values,
         output_attentions,
         output_hidden_states,
+        streams,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """All layers on `[batch, padded length and extra tokens, hidden_size]`, or on a packed batch; what comes out
-        is `[batch, length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False."""
+        is `[batch, length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False. With
+        `streams`, layers write over the states that come in."""
+        if streams:
+            for layer in self.layer:
+                layer.stream(hidden_states, mask)
+            return BaseModelOutputWithPastAndCrossAttentions(_restore(hidden_states, length, kept))
         restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
         attentions, cross_attentions = (), ()
         all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
@@ -335,10 +399,10 @@ class BigBirdEncoder(nn.Module):
                 cross_attentions += () if cross_attention is None else (cross_attention,)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=restore(hidden_states),
-            past_key_values=past_key_values,
             hidden_states=all_hidden_states,
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions or None,
+            **{CACHE: past_key_values},
         )
 
     def _of_tokens(self, probabilities, mask, length):
@@ -498,6 +562,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         cache_position: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         computes_padding: bool = False,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Hidden states of `[batch, length]` tokens.
@@ -522,6 +587,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 what the pattern says; 0 for others. Without effect where attention is full. Encoders only.
             computes_padding: whether the states of padding shall be computed, too. Otherwise they are zero, but in
                 decoders and in eager attention, and but for those of first places that `pooler_output` is made of.
+            cache: another name of `past_key_values`, that of transformers from 5.24 on.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
@@ -538,6 +604,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
 
+        past_key_values = the_cache(past_key_values, cache)
         wants_tuple_cache = isinstance(past_key_values, (tuple, list))
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         past = tokens_in_cache(past_key_values, cache_position)
@@ -560,6 +627,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             )
         if isinstance(mask, SparseInput):
             hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
+        asks_for_more = output_attentions or output_hidden_states or head_mask is not None
         documents = batch if packed is None else len(packed.spans)
         hidden_states = self.embeddings.append_extra_tokens(hidden_states, documents)
         outputs = self.encoder(
@@ -574,12 +642,13 @@ class BigBirdModel(BigBirdPreTrainedModel):
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            streams=not asks_for_more and self._streams(hidden_states, mask),
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(outputs.last_hidden_state, attention_mask), **outputs
         )
         if wants_tuple_cache:
-            output.past_key_values = tuples_of_cache(past_key_values)
+            output[CACHE] = tuples_of_cache(past_key_values)
         return as_requested(output, return_dict, config)
 
     def _pool(self, hidden_states, attention_mask):
@@ -605,6 +674,23 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if self.config.is_decoder:
             return self._causal_input(attention_mask, document_positions, batch, cache_position, past, keys)
         return self._sparse_input(attention_mask, chosen, batch, length, hidden_states.device)
+
+    def _streams(self, hidden_states: Tensor, mask) -> bool:
+        """Whether the layers write over the states of long documents, some blocks after others: in inference on a CPU,
+        where they can and nobody watches."""
+        if self.training or torch.is_grad_enabled() or not isinstance(mask, SparseInput) or mask.global_tokens:
+            return False
+        engine = sparse_engine(self.config._attn_implementation, hidden_states, hidden_states, hidden_states)
+        layers = self.encoder.layer
+        return (
+            engine == "sdpa"
+            and can_merge(hidden_states)
+            and all(type(layer) is BigBirdLayer for layer in layers)
+            and is_streamable(layers[0].attention.self.pattern(mask))
+            and mask.num_blocks > layers[0].blocks_at_once(hidden_states, mask)
+            and not is_watched(self.embeddings)
+            and not is_watched(self.encoder)
+        )
 
     def _prepare_cache(self, past_key_values, use_cache):
         """The cache to use, a new one where a decoder shall return one; None for none."""

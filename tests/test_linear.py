@@ -50,6 +50,21 @@ def test_residual(monkeypatch, layer, activation, grad, vendor):
     assert torch.equal(residual, before)
 
 
+@pytest.mark.parametrize("numbers_in_cache", [1, 100, 2**18])
+def test_the_activation_in_place(monkeypatch, layer, numbers_in_cache):
+    """As exact as torch's own, for numbers of every size."""
+    monkeypatch.setattr(module, "_vendor_is_amd", lambda: False)
+    monkeypatch.setattr(module, "NUMBERS_IN_CACHE", numbers_in_cache)
+    nn.init.eye_(layer.weight[:24])
+    nn.init.zeros_(layer.bias)
+    sizes = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 6.0, 1e5, 3e38, -3e38, -1e20, -20.0, -6.0, -1.0])
+    states = torch.cat((torch.randn(3, 7, 12), sizes * torch.ones(3, 7, 12)), dim=-1)
+    with torch.no_grad():
+        exact = tanh_gelu(layer(states).double())
+        actual = linear(layer, states, tanh_gelu)
+    torch.testing.assert_close(actual.double(), exact, rtol=5e-7, atol=5e-7)
+
+
 @pytest.mark.parametrize("activation", [None, tanh_gelu])
 def test_gradients(on_amd, layer, activation):
     states = torch.randn(2, 7, 24, requires_grad=True)

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigbird_plus import BigBirdConfig, BigBirdModel, memory
+from bigbird_plus.modeling_big_bird import BigBirdLayer
 
 from .peers import make_model, random_ids, random_inputs, scale_weights, tiny_settings
 
@@ -244,6 +245,116 @@ def test_what_takes_each_token_by_itself_is_done_in_pieces(monkeypatch, given, f
         actual = model(**inputs).last_hidden_state
     assert max(sizes) <= 60
     torch.testing.assert_close(actual, expected)
+
+
+def streamed(monkeypatch, model, inputs, blocks=4):
+    """What a model makes of inputs, so many blocks at once, without gradients; and how many layers did it so."""
+    calls, stream = [], BigBirdLayer.stream
+    monkeypatch.setattr(BigBirdLayer, "stream", lambda *arguments: calls.append(1) or stream(*arguments))
+    size = blocks * model.config.block_size * model.config.intermediate_size * 4
+    monkeypatch.setattr(memory, "BYTES_AT_ONCE", size)
+    with torch.no_grad():
+        output = model(**inputs)
+    monkeypatch.undo()
+    return output, len(calls)
+
+
+@pytest.mark.parametrize("length", [SPARSE, 200, 256])
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_random_blocks": 0, "num_sliding_window_blocks": 5, "num_global_blocks": 3},
+        {"num_random_blocks": 0, "num_global_blocks": 0},
+    ],
+)
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_long_documents_are_read_some_blocks_after_others(monkeypatch, length, given, fields, blocks):
+    """In inference; the same numbers, and nothing that was given is written over."""
+    model = make_model(**fields)
+    embeddings = model.get_input_embeddings()(random_ids(2, length)).detach()
+    inputs = {"input_ids": random_ids(2, length)} if given == "input_ids" else {"inputs_embeds": embeddings.clone()}
+    output, layers = streamed(monkeypatch, model, inputs, blocks)
+    assert layers == 2
+    if given == "inputs_embeds":
+        assert torch.equal(inputs["inputs_embeds"], embeddings)
+    model.set_attn_implementation("eager")
+    expected = model(**inputs)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_no_part_of_what_is_read_after_other_blocks(monkeypatch):
+    model, inputs = make_model(), padded_inputs(200)
+    output, layers = streamed(monkeypatch, model, {**inputs, "computes_padding": True})
+    assert layers == 2
+    expected = model(**inputs).last_hidden_state
+    is_real = inputs["attention_mask"] != 0
+    torch.testing.assert_close(output.last_hidden_state[is_real], expected[is_real], rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_heads_and_autocast_are_read_after_other_blocks(monkeypatch):
+    model, inputs = make_model(), {"input_ids": random_ids(2, 200)}
+    model.encoder.layer[0].attention.prune_heads([1])
+    model.encoder.layer[1].attention.prune_heads([0, 2])
+    output, layers = streamed(monkeypatch, model, inputs)
+    expected = model(**inputs).last_hidden_state
+    torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        reduced, reduced_layers = streamed(monkeypatch, model, inputs)
+        whole = model(**inputs).last_hidden_state
+    assert layers == reduced_layers == 2
+    assert reduced.last_hidden_state.dtype is whole.dtype
+    error, allowed = ((states - expected).abs().max() for states in (reduced.last_hidden_state, whole))
+    assert error <= 2 * allowed + 1e-3
+
+
+@pytest.mark.parametrize(
+    "watched", ["", "embeddings", "encoder.layer.1", "encoder.layer.0.attention.self.key", "embeddings.LayerNorm"]
+)
+def test_what_somebody_watches_is_not_written_over(monkeypatch, watched):
+    model, inputs, seen = make_model(), {"input_ids": random_ids(1, SPARSE)}, []
+    model.get_submodule(watched).register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(**inputs)
+    layers = streamed(monkeypatch, model, inputs)[1]
+    assert layers == (0 if watched else 2)
+    torch.testing.assert_close(seen[1][:1], seen[0][:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"head_mask": torch.tensor([0.0, 1.0, 1.0, 1.0])},
+        {"global_attention_mask": torch.eye(1, SPARSE)},
+    ],
+)
+def test_what_needs_whole_layers_gets_them(monkeypatch, asked):
+    model, inputs = make_model(), {"input_ids": random_ids(1, SPARSE), **asked}
+    output, layers = streamed(monkeypatch, model, inputs)
+    assert layers == 0
+    with torch.no_grad():
+        expected = model(**inputs)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eval_random_blocks": True},
+        {"global_block_indices": [0, 3]},
+        {"num_extra_global_tokens": 2},
+        {"attn_implementation": "eager"},
+        {"attention_type": "original_full"},
+        {"is_decoder": True},
+    ],
+)
+def test_other_models_are_not_read_some_blocks_after_others(monkeypatch, fields):
+    model, inputs = make_model(**fields), {"input_ids": random_ids(1, 200)}
+    assert streamed(monkeypatch, model, inputs)[1] == 0
 
 
 @pytest.mark.parametrize("name", ["intermediate", "output", "output.dense", "attention.output.LayerNorm"])

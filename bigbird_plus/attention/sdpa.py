@@ -25,8 +25,8 @@ from .masks import additive_mask, causal_mask, is_tracing
 from .pattern import BlockPattern, CausalPattern
 from .random_blocks import NO_BLOCK
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def block_sparse_attention(
@@ -41,7 +41,7 @@ def block_sparse_attention(
 ) -> Tensor:
     """The context of `eager.block_sparse_attention`, `[batch, heads, length, head_dim]`, from the same arguments. With
     a `CausalPattern` that of `eager.causal_attention`, for documents that begin at the first place."""
-    merges = _can_merge(query)
+    merges = can_merge(query)
     bias_dtype = score_dtype(query) if merges else query.dtype
     bias = None if key_mask is None else additive_mask(key_mask, bias_dtype)
     num_extra = 0 if global_tokens is None else global_tokens.num_extra
@@ -61,7 +61,7 @@ def block_sparse_attention(
     return context.transpose(1, 2)
 
 
-def _can_merge(query: Tensor) -> bool:
+def can_merge(query: Tensor) -> bool:
     """Whether flash attention tells the log-sum-exp of its scores here. Graphs are made of what every device has."""
     return query.device.type == "cpu" and not is_tracing()
 
@@ -470,7 +470,7 @@ def _row_groups(pattern, query, tokens: GlobalTokens | None, layout: _Layout, si
     for rows in runs(inner.start, inner.stop, size):
         groups.append([_WindowPart(layout, rows, batch, pattern.half_window, pattern.half_window)])
         if pattern.outer_blocks:
-            log_counts = _outer_log_counts(pattern, device, dtype)
+            log_counts = outer_log_counts(pattern, device, dtype)
             groups[-1].append(_DensePart(layout, slice(rows.start, rows.stop), pattern.outer_blocks, log_counts))
         groups[-1] += _random_parts(pattern, rows, batch, layout, device, dtype)
     if tokens is not None:
@@ -501,7 +501,7 @@ def _random_parts(pattern, rows: range, batch: int, layout: _Layout, device, dty
     return [_GatheredPart(layout, rows, lists, batch)]
 
 
-def _outer_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tensor | None:
+def outer_log_counts(pattern: BlockPattern, device, dtype: torch.dtype) -> Tensor | None:
     """The logarithm of how many times the rows that are not global read each outer block; None for once each."""
     if not pattern.first_block_extra:
         return None
@@ -571,7 +571,7 @@ def _attend(output, log_sum_exp, parts, query, key, value, bias, scaling) -> Non
     """Writes to `output` and `log_sum_exp` what comes to a group of rows."""
     merged = None
     for part in parts:
-        out, lse = _flash(
+        out, lse = flash_attention(
             part.queries(query),
             part.keys(key),
             part.keys(value),
@@ -580,7 +580,7 @@ def _attend(output, log_sum_exp, parts, query, key, value, bias, scaling) -> Non
             scale=scaling,
         )
         result = (part.to_rows(t) for t in (out, lse.unsqueeze(-1)))
-        merged = tuple(result) if merged is None else _merge(*merged, *result)
+        merged = tuple(result) if merged is None else merge(*merged, *result)
     part.put(merged[0], output)
     part.put(merged[1].squeeze(-1), log_sum_exp)
 
@@ -591,7 +591,7 @@ def _add_gradients(grads, parts, grad_output, query, key, value, bias, output, l
     grad_query, grad_key, grad_value = grads
     grad_rows = None
     for part in parts:
-        part_grads = _flash_backward(
+        part_grads = flash_attention_backward(
             part.queries(grad_output),
             part.queries(query),
             part.keys(key),
@@ -610,7 +610,7 @@ def _add_gradients(grads, parts, grad_output, query, key, value, bias, output, l
     part.put(grad_rows, grad_query)
 
 
-def _merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attentions over either, each with its log-sum-exp `[..., 1]`. In place
     of the first."""
     share = torch.sigmoid(other_lse - log_sum_exp)

@@ -97,7 +97,7 @@ def random_mask(kind, batch, length, seed=0):
 
 def gathered():
     """Has everything computed as on devices other than a CPU."""
-    return mock.patch.object(sdpa, "_can_merge", lambda query: False)
+    return mock.patch.object(sdpa, "can_merge", lambda query: False)
 
 
 MASKS = ["none", "left", "right", "holes", "empty"]

@@ -105,7 +105,7 @@ def check_against_definition(case, dtype, *, merges):
     arguments = (case["pattern"], mask, weight, tokens)
     exact = run(eager.block_sparse_attention, tensors, torch.float64, *arguments)
     definition = run(eager.block_sparse_attention, tensors, dtype, *arguments)
-    ways = mock.patch.object(sdpa, "_can_merge", lambda query: merges)
+    ways = mock.patch.object(sdpa, "can_merge", lambda query: merges)
     with ways, mock.patch.object(memory, "BYTES_AT_ONCE", case["at_once"]):
         engine = run(sdpa.block_sparse_attention, tensors, dtype, *arguments)
     for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
@@ -150,7 +150,7 @@ def test_rows_of_padding_only_are_zero_with_zero_gradients(dtype, training, merg
     mask[1] = False
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(settings["shape"], generator=generator) for _ in range(3)]
-    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+    with mock.patch.object(sdpa, "can_merge", lambda query: merges):
         results = run(sdpa.block_sparse_attention, tensors, dtype, settings["pattern"], mask, torch.ones(()))
     for result in results:
         assert result.isfinite().all()
@@ -165,7 +165,7 @@ def test_large_scores_stay_finite(dtype, merges):
     generator = torch.Generator().manual_seed(0)
     tensors = [30 * torch.randn(settings["shape"], generator=generator) for _ in range(3)]
     mask = torch.arange(settings["shape"][2]) < torch.tensor([[40], [3]])
-    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+    with mock.patch.object(sdpa, "can_merge", lambda query: merges):
         results = run(sdpa.block_sparse_attention, tensors, dtype, settings["pattern"], mask, torch.ones(()))
     assert all(result.isfinite().all() for result in results)
 
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_finite_differences(merges):
     mask = torch.arange(settings["shape"][2]) < torch.tensor([[18], [5]])
     mask[:, -2:] = True
     tokens = find_global_tokens(mask[:, :-2] & (torch.arange(18) % 4 == 1), 2, 2, 18, torch.device("cpu"))
-    with mock.patch.object(sdpa, "_can_merge", lambda query: merges):
+    with mock.patch.object(sdpa, "can_merge", lambda query: merges):
         assert torch.autograd.gradcheck(
             lambda *qkv: sdpa.block_sparse_attention(*qkv, settings["pattern"], mask, tokens, scaling=0.3),
             tensors,

@@ -1,0 +1,82 @@
+"""Attention that reads a document some blocks after others, against the definition."""
+
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bigbird_plus import Sparsity
+from bigbird_plus.attention import eager
+from bigbird_plus.attention.streaming import AttentionStream, is_streamable
+from bigbird_plus.memory import runs
+
+from .test_sdpa import DTYPES, case, padding_mask
+
+
+@st.composite
+def cases(draw):
+    return case(
+        window=draw(st.sampled_from([1, 3, 5, 7])),
+        num_global=draw(st.integers(0, 4)),
+        r=0,
+        block=draw(st.sampled_from([1, 2, 3, 8, 16])),
+        extra_blocks=draw(st.integers(1, 9)),
+        heads=draw(st.integers(1, 3)),
+        batch=1,
+        head_dim=draw(st.sampled_from([8, 20, 64])),
+        padding=draw(st.sampled_from(["none", "right", "left", "anywhere", "everything"])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def stream(query, key, value, pattern, key_mask, *, size, scaling):
+    """The context of a document that comes in runs of so many blocks."""
+    block = query.shape[2] // pattern.num_blocks
+    ends = [slice(0, pattern.first_row * block), slice(pattern.last_row * block, None)]
+    outer = [torch.cat([tensor[:, :, end] for end in ends], dim=2) for tensor in (query, key, value)]
+    attention = AttentionStream(pattern, block, *outer, key_mask, scaling=scaling)
+    context = torch.empty_like(query)
+    most_kept = 0
+    for rows in runs(pattern.first_row, pattern.last_row, size):
+        blocks = attention.blocks_before(rows)
+        if blocks:
+            places = attention.tokens(blocks)
+            attention.read(key[:, :, places], value[:, :, places])
+        most_kept = max(most_kept, attention.keys.shape[2] // block)
+        places = attention.tokens(rows)
+        context[:, :, places] = attention.attend(rows, query[:, :, places])
+    assert most_kept <= size + 2 * pattern.half_window
+    outer_context = attention.outer_context()
+    context[:, :, ends[0]], context[:, :, ends[1]] = outer_context.split(
+        [ends[0].stop, outer[0].shape[2] - ends[0].stop], 2
+    )
+    return context
+
+
+@given(case=cases(), dtype=st.sampled_from(DTYPES), size=st.integers(1, 9))
+@example(case=case(r=3, batch=1, extra_blocks=7), dtype=torch.float32, size=4)
+@example(case=case(r=3, batch=1, padding="everything"), dtype=torch.float16, size=2)
+@example(case=case(7, 0, 0, batch=1, padding="left"), dtype=torch.float64, size=1)
+@example(case=case(1, 3, 0, batch=1, padding="anywhere"), dtype=torch.bfloat16, size=3)
+@settings(max_examples=150, deadline=None)
+def test_agrees_with_the_definition(case, dtype, size):
+    """No further from it in float64 than the definition itself in `dtype`, up to a small factor."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    tensors = [torch.randn(case["shape"], generator=generator).to(dtype) for _ in range(3)]
+    mask = padding_mask(case["padding"], 1, case["shape"][2], generator)
+    pattern, scaling = case["pattern"], case["shape"][3] ** -0.5
+    assert is_streamable(pattern)
+    exact, _ = eager.block_sparse_attention(*(t.double() for t in tensors), pattern, mask, scaling=scaling)
+    definition, _ = eager.block_sparse_attention(*tensors, pattern, mask, scaling=scaling)
+    actual = stream(*tensors, pattern, mask, size=size, scaling=scaling)
+    roundings = 16 if dtype in (torch.float32, torch.float64) else 4  # as in the tests of sdpa
+    allowed = 4 * (definition - exact).abs().max() + roundings * torch.finfo(dtype).eps + 1e-13
+    assert actual.dtype is dtype
+    assert (actual - exact).abs().max() <= allowed
+
+
+def test_what_reads_more_than_windows_and_outer_blocks_is_no_stream():
+    sparsity = Sparsity(num_attention_heads=2, block_size=4)
+    assert is_streamable(sparsity.pattern(20))
+    assert not is_streamable(sparsity.pattern(20, training=True))
+    assert not is_streamable(Sparsity(2, 4, eval_random_blocks=True).pattern(20))
+    assert not is_streamable(Sparsity(2, 4, num_random_blocks=0, global_block_indices=[0, 5]).pattern(20))
