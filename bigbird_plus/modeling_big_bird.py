@@ -26,7 +26,7 @@ from .attention import (
 )
 from .attention.causal import CausalInput, attend_causally, make_causal_input
 from .attention.packing import PackedInput, pack_documents
-from .attention.pattern import BlockPattern, Sparsity, check_whole_number
+from .attention.pattern import Sparsity, check_whole_number
 from .attention.sdpa import can_merge
 from .attention.streaming import AttentionStream, is_streamable
 from .configuration_big_bird import BigBirdConfig, check_attention_type
@@ -164,8 +164,9 @@ class BigBirdSelfAttention(nn.Module):
             how = {**how, "dropout": dropout, "layer_idx": self.layer_idx, "heads": self.heads}
             context, probabilities = attend_in_documents(self, query, key, value, mask, **how)
         elif isinstance(mask, SparseInput):
-            arguments = (query, key, value, self.pattern(mask), mask.key_mask, mask.global_tokens)
-            context, probabilities = attend_sparsely(*arguments, **how)
+            pattern = mask.pattern(self.layer_idx, self.training).for_heads(self.heads)
+            tokens = mask.global_tokens
+            context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, tokens, **how)
         elif isinstance(mask, CausalInput):
             pattern = mask.sparsity.causal_pattern(mask.num_blocks, layer_idx=self.layer_idx).for_heads(self.heads)
             context, probabilities = attend_causally(query, key, value, pattern, mask, **how)
@@ -183,12 +184,6 @@ class BigBirdSelfAttention(nn.Module):
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Both in the shape of the queries."""
         return self._split_heads(linear(self.key, states)), self._split_heads(linear(self.value, states))
-
-    def pattern(self, sparse_input: SparseInput) -> BlockPattern:
-        """Which blocks read which in this layer."""
-        sparsity, num_blocks = sparse_input.sparsity, sparse_input.num_blocks
-        pattern = sparsity.pattern(num_blocks, layer_idx=self.layer_idx, training=self.training)
-        return pattern.for_heads(self.heads)
 
     def _split_heads(self, states: Tensor) -> Tensor:
         """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""
@@ -325,20 +320,29 @@ class BigBirdLayer(GradientCheckpointingLayer):
         """`[batch, length, hidden_size]`, each token by itself."""
         return self.output(self.intermediate(hidden_states), hidden_states)
 
-    def stream(self, hidden_states: Tensor, mask: SparseInput) -> None:
-        """As `forward`, in inference, but written over `hidden_states`, some blocks after others. What that takes does
-        not grow with the length."""
-        for index, document in enumerate(hidden_states.split(1)):
-            self._stream_document(document, mask, None if mask.key_mask is None else mask.key_mask[index : index + 1])
+    def stream(self, hidden_states: Tensor, mask: SparseInput | PackedInput) -> None:
+        """As `forward`, in inference, but written over `hidden_states`: some documents after others, and of one that
+        is longer than `tokens_at_once` some blocks after others. What that takes does not grow with batch and length.
+        """
+        attention, size = self.attention.self, self.tokens_at_once(hidden_states)
+        for states, part in mask.parts(hidden_states, size):
+            document = part.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
+            if document is None or not is_streamable(document[0]):
+                states.copy_(self(states, part)[0])
+            else:
+                self._stream_document(states, *document, mask.sparsity.block_size, size)
 
-    def _stream_document(self, states, mask, key_mask):
-        attention, block_size = self.attention.self, mask.sparsity.block_size
-        pattern = attention.pattern(mask)
+    def tokens_at_once(self, hidden_states: Tensor) -> int:
+        """How many tokens `stream` takes together."""
+        return pieces_at_once(self.intermediate_size * hidden_states.element_size())
+
+    def _stream_document(self, states, pattern, key_mask, block_size, size):
+        attention = self.attention.self
         first, last = pattern.first_row * block_size, pattern.last_row * block_size
         ends = torch.cat((states[:, :first], states[:, last:]), dim=1)
         asked, read = attention.queries(ends), attention.keys_and_values(ends)
         stream = AttentionStream(pattern, block_size, asked, *read, key_mask, scaling=attention.scaling)
-        for rows in runs(pattern.first_row, pattern.last_row, self.blocks_at_once(states, mask)):
+        for rows in runs(pattern.first_row, pattern.last_row, max(1, size // block_size)):
             blocks = stream.blocks_before(rows)
             if blocks:
                 stream.read(*attention.keys_and_values(states[:, stream.tokens(blocks)]))
@@ -349,11 +353,6 @@ class BigBirdLayer(GradientCheckpointingLayer):
 
     def _behind_attention(self, context, states):
         return self.feed_forward(self.attention.output(context.transpose(1, 2).flatten(2), states))
-
-    def blocks_at_once(self, hidden_states: Tensor, mask: SparseInput) -> int:
-        """How many blocks of a document `stream` takes together."""
-        size = self.intermediate_size * mask.sparsity.block_size * hidden_states.element_size()
-        return pieces_at_once(size)
 
 
 class BigBirdEncoder(nn.Module):
@@ -381,11 +380,11 @@ class BigBirdEncoder(nn.Module):
         """All layers on `[batch, padded length and extra tokens, hidden_size]`, or on a packed batch; what comes out
         is `[batch, length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False. With
         `streams`, layers write over the states that come in."""
+        restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
         if streams:
             for layer in self.layer:
                 layer.stream(hidden_states, mask)
-            return BaseModelOutputWithPastAndCrossAttentions(_restore(hidden_states, length, kept))
-        restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
+            return BaseModelOutputWithPastAndCrossAttentions(restore(hidden_states))
         attentions, cross_attentions = (), ()
         all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
@@ -676,18 +675,17 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return self._sparse_input(attention_mask, chosen, batch, length, hidden_states.device)
 
     def _streams(self, hidden_states: Tensor, mask) -> bool:
-        """Whether the layers write over the states of long documents, some blocks after others: in inference on a CPU,
-        where they can and nobody watches."""
-        if self.training or torch.is_grad_enabled() or not isinstance(mask, SparseInput) or mask.global_tokens:
+        """Whether the layers write over the states of large inputs, part after part: in inference on a CPU, where they
+        can and nobody watches."""
+        is_possible = isinstance(mask, (SparseInput, PackedInput)) and not mask.has_global_tokens
+        if not is_possible or self.training or torch.is_grad_enabled() or not can_merge(hidden_states):
             return False
-        engine = sparse_engine(self.config._attn_implementation, hidden_states, hidden_states, hidden_states)
         layers = self.encoder.layer
         return (
-            engine == "sdpa"
-            and can_merge(hidden_states)
+            len(layers) > 0
+            and sparse_engine(self.config._attn_implementation, hidden_states, hidden_states, hidden_states) == "sdpa"
             and all(type(layer) is BigBirdLayer for layer in layers)
-            and is_streamable(layers[0].attention.self.pattern(mask))
-            and mask.num_blocks > layers[0].blocks_at_once(hidden_states, mask)
+            and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
             and not is_watched(self.embeddings)
             and not is_watched(self.encoder)
         )

@@ -344,16 +344,48 @@ def test_what_needs_whole_layers_gets_them(monkeypatch, asked):
 @pytest.mark.parametrize(
     "fields",
     [
+        {},
+        {"pattern_per_document": True},
         {"eval_random_blocks": True},
         {"global_block_indices": [0, 3]},
-        {"num_extra_global_tokens": 2},
-        {"attn_implementation": "eager"},
+        {"num_random_blocks": 0, "num_global_blocks": 0},
         {"attention_type": "original_full"},
-        {"is_decoder": True},
     ],
 )
-def test_other_models_are_not_read_some_blocks_after_others(monkeypatch, fields):
-    model, inputs = make_model(**fields), {"input_ids": random_ids(1, 200)}
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("blocks", [1, 4, 20, 40])
+def test_batches_are_read_some_documents_after_others(monkeypatch, fields, side, blocks):
+    """Long documents by themselves, short ones together, whatever they read; padding stays zero."""
+    model = make_model(**fields)
+    mask = torch.arange(250) < torch.tensor([250, 9, 180, 100, 60, 249, 1])[:, None]
+    mask = (mask if side == "right" else mask.flip(1)).long()
+    inputs = {"input_ids": random_ids(7, 250) * mask, "attention_mask": mask}
+    output, layers = streamed(monkeypatch, model, inputs, blocks)
+    # the pooler reads what is left of the padding, which is there only if nothing is packed
+    assert layers == (0 if side == "left" and fields == {"attention_type": "original_full"} else 2)
+    with torch.no_grad():
+        expected = model(**inputs)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+    assert side == "left" or not output.last_hidden_state[mask == 0].any()
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [100, 250])
+def test_batches_without_padding_are_read_some_documents_after_others(monkeypatch, length):
+    model, inputs = make_model(), {"input_ids": random_ids(7, length)}
+    output, layers = streamed(monkeypatch, model, inputs, blocks=32)
+    assert layers == 2
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+    torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_extra_global_tokens": 2}, {"attn_implementation": "eager"}, {"is_decoder": True}]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_models_are_not_written_over(monkeypatch, fields, padded):
+    model, inputs = make_model(**fields), padded_inputs(200) if padded else {"input_ids": random_ids(1, 200)}
     assert streamed(monkeypatch, model, inputs)[1] == 0
 
 

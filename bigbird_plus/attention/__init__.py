@@ -4,12 +4,14 @@
 definition, `sdpa`, which is linear in the length, and `flex`, which is so on torch's FlexAttention.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..memory import runs
 from . import eager, flex, sdpa
 from .global_tokens import GlobalTokens, find_global_tokens
 from .masks import additive_mask, global_mask, is_exporting, is_tracing, key_mask_bias, padding_mask
@@ -30,6 +32,27 @@ class SparseInput(NamedTuple):
     num_blocks: int
     key_mask: Tensor | None
     global_tokens: GlobalTokens | None
+
+    def pattern(self, layer_idx: int, training: bool) -> BlockPattern:
+        """Which blocks read which."""
+        return self.sparsity.pattern(self.num_blocks, layer_idx=layer_idx, training=training)
+
+    @property
+    def has_global_tokens(self) -> bool:
+        """Whether there are single global tokens."""
+        return self.global_tokens is not None
+
+    def parts(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "SparseInput"]]:
+        """Views of `states`, `[batch, padded length, ...]`, that hold documents of up to `size` tokens together or a
+        longer one, and what layers have to know of each. For documents without global tokens."""
+        batch, length = states.shape[:2]
+        for documents in runs(0, batch, max(1, size // length)):
+            taken = slice(documents.start, documents.stop)
+            yield states[taken], self._replace(key_mask=None if self.key_mask is None else self.key_mask[taken])
+
+    def only_document(self, layer_idx: int) -> tuple[BlockPattern, Tensor | None]:
+        """Pattern in inference and key mask of a document that there is alone."""
+        return self.pattern(layer_idx, training=False), self.key_mask
 
 
 def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:

@@ -4,6 +4,7 @@ Packing changes what a batch costs, not what it means: a packed document keeps t
 pattern that it has in the padded tensor. With `pattern_per_document` it gets those that it has alone.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,41 @@ class PackedInput(NamedTuple):
     num_extra: int
     batch: int
     length: int
+
+    @property
+    def has_global_tokens(self) -> bool:
+        """Whether any document has single global tokens, extra ones among them."""
+        return self.num_extra > 0 or any(tokens is not None for tokens in self.global_tokens)
+
+    def parts(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "PackedInput"]]:
+        """Views of the packed `states`, `[1, packed length, ...]`, that hold documents of up to `size` tokens together
+        or a longer one, and what layers have to know of each. For documents without extra tokens."""
+        first = 0
+        for last in range(1, len(self.spans) + 1):
+            start = self.spans[first].start
+            if last == len(self.spans) or self.spans[last].start + self.spans[last].size - start > size:
+                taken = slice(start, self.spans[last - 1].start + self.spans[last - 1].size)
+                yield states[:, taken], self._part(first, last, taken)
+                first = last
+
+    def _part(self, first: int, last: int, taken: slice) -> "PackedInput":
+        spans = tuple(span._replace(start=span.start - taken.start) for span in self.spans[first:last])
+        places, positions, key_mask = self.places[taken], self.positions[:, taken], self.key_mask[:, taken]
+        return self._replace(
+            spans=spans,
+            places=places,
+            positions=positions,
+            key_mask=key_mask,
+            global_tokens=self.global_tokens[first:last],
+        )
+
+    def only_document(self, layer_idx: int) -> tuple[BlockPattern, Tensor | None] | None:
+        """Pattern in inference and key mask of the document, if there is one alone and it is read sparsely."""
+        span = self.spans[0]
+        if len(self.spans) > 1 or span.num_blocks is None:
+            return None
+        pattern = span.pattern(self.sparsity, layer_idx, training=False)
+        return pattern, self.key_mask if span.has_padding else None
 
     def pack(self, tensor: Tensor | None) -> Tensor | None:
         """`[batch or 1, length, ...]` -> `[1, packed length, ...]`."""

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -17,10 +20,13 @@ from peft import (
 )
 from peft.utils import constants
 from transformers import TorchAoConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import bigbird_plus
 from tests.peers import TASK_MODELS, random_inputs
 from tests.training.common import LENGTH, labelled_rows, make_trainer, tiny_model
+
+PEFT_IS_RECENT = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
 def outputs(model, name, length=LENGTH):
@@ -170,6 +176,7 @@ def test_several_adapters_share_a_model(tmp_path):
     assert_close(outputs(loaded, name), second)
 
 
+@pytest.mark.skipif(not PEFT_IS_RECENT, reason="this transformers takes newer versions of PEFT only")
 def test_adapters_of_transformers_own_interface(tmp_path):
     name = "BigBirdForMaskedLM"
     model = tiny_model(name)
@@ -200,7 +207,10 @@ def test_prompt_and_prefix_tuning_of_a_decoder(method):
     losses = learn(model, {**random_inputs(name, 2, LENGTH, padded=False), "attention_mask": ones})
     assert losses[-1] < losses[0]
     ids = random_inputs(name, 2, 20, padded=False)["input_ids"]
-    assert model.eval().generate(input_ids=ids, attention_mask=ones[:, :20], max_new_tokens=3).shape == (2, 23)
+    # an older PEFT calls the prefix by a name that is not that of the cache any more
+    fits = PEFT_IS_RECENT or method is PromptTuningConfig
+    with nullcontext() if fits else pytest.raises(ValueError, match="past_key_values and cache"):
+        assert model.eval().generate(input_ids=ids, attention_mask=ones[:, :20], max_new_tokens=3).shape == (2, 23)
 
 
 HEADS = {
