@@ -1,7 +1,8 @@
 """Time and peak memory of BigBird and others, side by side: what `bigbird-plus bench` shows.
 
-Times are paired: in one process the contestants take turns, the first turn warms up, and the median of the others
-counts. Peak memory is that of a process of its own for each contestant and length, above what the model itself takes.
+Times are paired: in one process the contestants take turns, there and back, the first turn warms up, and the median of
+the others counts. Peak memory is that of a process of its own for each contestant and length, above what the model
+itself takes.
 """
 
 import ctypes
@@ -161,10 +162,12 @@ def benchmark(settings: Settings) -> dict:
 
 
 def paired_seconds(calls: dict[str, Callable], repeats: int, device: str, advance: Callable) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` of them: all take turns, and the first turn does not count."""
+    """Seconds of each call, `repeats` of them: all take turns, and the first turn does not count. Every other turn
+    goes in the opposite order, since each finds memory and caches as the one before has left them."""
     seconds = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        for name, call in calls.items():
+        order = list(calls.items())
+        for name, call in order if turn % 2 == 0 else reversed(order):
             _synchronize(device)
             start = time.perf_counter()
             call()
