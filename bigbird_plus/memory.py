@@ -1,8 +1,8 @@
 """How much is done at once on a CPU.
 
-malloc keeps memory for its next use, but gives large pieces (glibc: over 32 MiB) back to the system at once, and the
-system clears each page before it lends it again, which takes longer than to write to it. What is done in pieces below
-that limit uses the same memory over and over.
+malloc keeps memory for its next use, but gives large pieces (glibc: over 32 MiB, or several that become free together)
+back to the system at once, and the system clears each page before it lends it again, which takes longer than to write
+to it. What is done in pieces of half that size uses the same memory over and over.
 """
 
 from itertools import pairwise

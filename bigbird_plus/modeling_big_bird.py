@@ -347,11 +347,11 @@ class BigBirdLayer(GradientCheckpointingLayer):
             if blocks:
                 stream.read(*attention.keys_and_values(states[:, stream.tokens(blocks)]))
             run = states[:, stream.tokens(rows)]
-            run.copy_(self._behind_attention(stream.attend(rows, attention.queries(run)), run))
-        ends = self._behind_attention(stream.outer_context(), ends)
+            run.copy_(self._after_attention(stream.attend(rows, attention.queries(run)), run))
+        ends = self._after_attention(stream.outer_context(), ends)
         states[:, :first], states[:, last:] = ends[:, :first], ends[:, first:]
 
-    def _behind_attention(self, context, states):
+    def _after_attention(self, context, states):
         return self.feed_forward(self.attention.output(context.transpose(1, 2).flatten(2), states))
 
 
