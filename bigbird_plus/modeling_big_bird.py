@@ -320,17 +320,15 @@ class BigBirdLayer(GradientCheckpointingLayer):
         """`[batch, length, hidden_size]`, each token by itself."""
         return self.output(self.intermediate(hidden_states), hidden_states)
 
-    def stream(self, hidden_states: Tensor, mask: SparseInput | PackedInput) -> None:
-        """As `forward`, in inference, but written over `hidden_states`: some documents after others, and of one that
-        is longer than `tokens_at_once` some blocks after others. What that takes does not grow with batch and length.
-        """
-        attention, size = self.attention.self, self.tokens_at_once(hidden_states)
-        for states, part in mask.parts(hidden_states, size):
-            document = part.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
-            if document is None or not is_streamable(document[0]):
-                states.copy_(self(states, part)[0])
-            else:
-                self._stream_document(states, *document, mask.sparsity.block_size, size)
+    def stream(self, states: Tensor, part: SparseInput | PackedInput) -> None:
+        """As `forward`, in inference, but written over `states`, one of the `parts` of an input: of a document that is
+        longer than `tokens_at_once` some blocks after others. What that takes does not grow with the length."""
+        attention, size = self.attention.self, self.tokens_at_once(states)
+        document = part.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
+        if document is None or not is_streamable(document[0]):
+            states.copy_(self(states, part)[0])
+        else:
+            self._stream_document(states, *document, part.sparsity.block_size, size)
 
     def tokens_at_once(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""
@@ -379,11 +377,12 @@ class BigBirdEncoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """All layers on `[batch, padded length and extra tokens, hidden_size]`, or on a packed batch; what comes out
         is `[batch, length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False. With
-        `streams`, layers write over the states that come in."""
+        `streams`, the layers write over the states that come in, part after part."""
         restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
         if streams:
-            for layer in self.layer:
-                layer.stream(hidden_states, mask)
+            for states, part in mask.parts(hidden_states, self.layer[0].tokens_at_once(hidden_states)):
+                for layer in self.layer:
+                    layer.stream(states, part)
             return BaseModelOutputWithPastAndCrossAttentions(restore(hidden_states))
         attentions, cross_attentions = (), ()
         all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
@@ -678,13 +677,13 @@ class BigBirdModel(BigBirdPreTrainedModel):
         """Whether the layers write over the states of large inputs, part after part: in inference on a CPU, where they
         can and nobody watches."""
         is_possible = isinstance(mask, (SparseInput, PackedInput)) and not mask.has_global_tokens
-        if not is_possible or self.training or torch.is_grad_enabled() or not can_merge(hidden_states):
+        if not is_possible or torch.is_grad_enabled() or not can_merge(hidden_states):
             return False
         layers = self.encoder.layer
         return (
             len(layers) > 0
             and sparse_engine(self.config._attn_implementation, hidden_states, hidden_states, hidden_states) == "sdpa"
-            and all(type(layer) is BigBirdLayer for layer in layers)
+            and all(type(layer) is BigBirdLayer and not layer.attention.self.training for layer in layers)
             and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
             and not is_watched(self.embeddings)
             and not is_watched(self.encoder)
