@@ -46,9 +46,10 @@ def attention_in_use(model, length: int) -> tuple[str, str]:
         to another where it cannot.
     """
     config, attention_type = model.config, model.base_model.attention_type
-    states = torch.empty(0, dtype=model.dtype, device=model.device, requires_grad=model.training)
+    head_dim = config.hidden_size // config.num_attention_heads
+    states = torch.empty(0, head_dim, dtype=model.dtype, device=model.device, requires_grad=model.training)
     if attention_type == "block_sparse" and length > Sparsity.from_config(config).full_attention_length:
-        name, has_extra = config._attn_implementation, config.num_extra_global_tokens > 0
-        return attention_type, sparse_engine(name, states, states, states, has_global_tokens=has_extra)
+        how = {"block_size": config.block_size, "has_global_tokens": config.num_extra_global_tokens > 0}
+        return attention_type, sparse_engine(config._attn_implementation, states, states, states, **how)
     dropout = config.attention_probs_dropout_prob if model.training else 0.0
     return "original_full", full_engine(config._attn_implementation, states, dropout)

@@ -74,6 +74,6 @@ def _default_attention() -> tuple[str, str]:
 def _sparse_engines(implementation: str) -> str:
     """What computes block-sparse attention under a name on this machine, in inference and in training."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inference, training = (torch.empty(0, device=device, requires_grad=learns) for learns in (False, True))
-    engines = [sparse_engine(implementation, states, states, states) for states in (inference, training)]
+    inference, training = (torch.empty(0, 64, device=device, requires_grad=learns) for learns in (False, True))
+    engines = [sparse_engine(implementation, *3 * (states,), block_size=64) for states in (inference, training)]
     return engines[0] if engines[0] == engines[1] else f"{engines[0]}, and {engines[1]} in training"

@@ -42,11 +42,16 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
         # of the attention).
         *sizes, features = states.shape
         states = layer(states.reshape(-1).view(math.prod(sizes), features)).unflatten(0, sizes)
+    elif states.device.type != "cpu" and (activation is not tanh_gelu or torch.is_grad_enabled()):
+        states = layer(states)  # nothing is faster
     elif not (_is_plain(layer) and _suits(layer.weight, states)):
         states = layer(states)
     elif not prefers_onednn(states):
+        is_gelu = activation is tanh_gelu and residual is None and not torch.is_grad_enabled() and not is_tracing()
+        if is_gelu and _has_product_with_gelu(layer, states):
+            return _product_with_gelu(layer, states)
         states = layer(states)
-        if activation is tanh_gelu and residual is None and _activates_in_place(states):
+        if is_gelu and states.device.type == "cpu" and states.dtype is torch.float32:
             return _tanh_gelu_in_place(states)
     elif torch.is_grad_enabled():
         states = _OneDnnLinear.apply(states, layer.weight, layer.bias)
@@ -106,11 +111,15 @@ def _suits(weight: Tensor, states: Tensor) -> bool:
     return weight.dtype == states.dtype and weight.device == states.device and states.numel() > 0
 
 
-def _activates_in_place(states: Tensor) -> bool:
-    """Whether `tanh_gelu` of a product that nobody else sees runs in float32 on a CPU, without gradients."""
-    if states.device.type != "cpu" or states.dtype is not torch.float32:
-        return False
-    return not torch.is_grad_enabled() and not is_tracing()
+def _has_product_with_gelu(layer: nn.Module, states: Tensor) -> bool:
+    """Whether CUDA's product computes the activation, too. The operator is not part of torch's public interface."""
+    is_cuda = states.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+    return is_cuda and layer.bias is not None and hasattr(torch, "_addmm_activation")
+
+
+def _product_with_gelu(layer: nn.Module, states: Tensor) -> Tensor:
+    product = torch._addmm_activation(layer.bias, states.flatten(0, -2), layer.weight.t(), use_gelu=True)
+    return product.unflatten(0, states.shape[:-1])
 
 
 def _tanh_gelu_in_place(states: Tensor) -> Tensor:

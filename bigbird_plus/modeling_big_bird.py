@@ -680,9 +680,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if not is_possible or torch.is_grad_enabled() or not can_merge(hidden_states):
             return False
         layers = self.encoder.layer
+        name, block_size = self.config._attn_implementation, self.config.block_size
+        engine = sparse_engine(name, hidden_states, hidden_states, hidden_states, block_size=block_size)
         return (
             len(layers) > 0
-            and sparse_engine(self.config._attn_implementation, hidden_states, hidden_states, hidden_states) == "sdpa"
+            and engine == "sdpa"
             and all(type(layer) is BigBirdLayer and not layer.attention.self.training for layer in layers)
             and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
             and not is_watched(self.embeddings)

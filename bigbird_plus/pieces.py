@@ -20,7 +20,7 @@ def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Modul
         width: how many numbers `function` makes of a token at most.
         modules: those that `function` calls. Where hooks watch them, they are called once for all tokens.
     """
-    if is_tracing() or torch.is_grad_enabled() or tensors[0].device.type != "cpu":
+    if tensors[0].device.type != "cpu" or torch.is_grad_enabled() or is_tracing():
         return function(*tensors)  # before the sizes are asked for: graphs are for any
     batch, length = tensors[0].shape[:2]
     size = pieces_at_once(batch * width * torch.float32.itemsize)

@@ -5,6 +5,7 @@ definition, `sdpa`, which is linear in the length, and `flex`, which is so on to
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,12 @@ from . import eager, flex, sdpa
 from .global_tokens import GlobalTokens, find_global_tokens
 from .masks import additive_mask, global_mask, is_exporting, is_tracing, key_mask_bias, padding_mask
 from .packing import PackedInput
-from .pattern import BlockPattern, Sparsity, count_blocks
+from .pattern import BlockPattern, CausalPattern, Sparsity, count_blocks
+
+triton_engine = None
+if torch.version.cuda is not None:  # torch for other devices need not have Triton
+    with suppress(ImportError):
+        from . import triton as triton_engine
 
 
 class SparseInput(NamedTuple):
@@ -98,15 +104,30 @@ def make_sparse_input(
 
 
 def sparse_engine(
-    implementation: str, query: Tensor, key: Tensor, value: Tensor, *, has_global_tokens: bool = False
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    has_global_tokens: bool = False,
 ) -> str:
-    """The engine that computes block-sparse attention under a name: `"eager"` and `"flex_attention"` under their own,
-    `"sdpa"` under every other, where FlexAttention has no kernel (as for single global tokens), and while a graph
-    is traced."""
-    wants_flex = implementation == "flex_attention" and not has_global_tokens and not is_tracing()
-    if wants_flex and flex.has_kernel(query, key, value):
-        return "flex_attention"
-    return "eager" if implementation == "eager" else "sdpa"
+    """The engine that computes block-sparse attention under a name: `"eager"` and `"flex_attention"` under their own.
+    Under every other, for single global tokens, while a graph is traced, and where FlexAttention has no kernel, it is
+    `"triton"` where that has one, else `"sdpa"`."""
+    if implementation == "eager":
+        return "eager"
+    if implementation == "flex_attention" and not has_global_tokens and not is_tracing():  # noqa: SIM102
+        if flex.has_kernel(query, key, value):
+            return "flex_attention"
+    return "triton" if not has_global_tokens and has_triton_kernel(query, block_size) else "sdpa"
+
+
+def has_triton_kernel(query: Tensor, block_size: int) -> bool:
+    """Whether the kernels in `triton` take these queries, `[batch, heads, length, head_dim]`."""
+    if triton_engine is None or not triton_engine.has_kernel(query, block_size):
+        return False
+    return torch.compiler.is_compiling() and not is_exporting() if is_tracing() else True
 
 
 def full_engine(implementation: str, query: Tensor, dropout: float = 0.0) -> str:
@@ -137,17 +158,38 @@ def attend_sparsely(
         None unless `output_attentions`.
     """
     arguments = (query, key, value, pattern, key_mask, global_tokens)
-    engine = sparse_engine(implementation, query, key, value, has_global_tokens=global_tokens is not None)
+    block_size, has_global_tokens = query.shape[2] // pattern.num_blocks, global_tokens is not None
+    engine = sparse_engine(
+        implementation, query, key, value, block_size=block_size, has_global_tokens=has_global_tokens
+    )
     if engine == "eager":
         context, probabilities = eager.block_sparse_attention(*arguments, scaling=scaling)
         return context, probabilities if output_attentions else None
     if engine == "flex_attention":
         context = flex.block_sparse_attention(query, key, value, pattern, key_mask, scaling=scaling)
     else:
-        context = sdpa.block_sparse_attention(*arguments, scaling=scaling)
+        context = attend_linearly(*arguments, block_size=block_size, scaling=scaling)
     if not output_attentions:
         return context, None
     return context, eager.block_sparse_attention(*arguments, scaling=scaling)[1]
+
+
+def attend_linearly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern | CausalPattern,
+    key_mask: Tensor | None,
+    global_tokens: GlobalTokens | None = None,
+    *,
+    block_size: int,
+    scaling: float,
+) -> Tensor:
+    """The context of `sdpa.block_sparse_attention`, by that engine or, where it has kernels, by `triton`."""
+    if global_tokens is None and has_triton_kernel(query, block_size):
+        how = {"block_size": block_size, "scaling": scaling}
+        return triton_engine.block_sparse_attention(query, key, value, pattern, key_mask, **how)
+    return sdpa.block_sparse_attention(query, key, value, pattern, key_mask, global_tokens, scaling=scaling)
 
 
 def attend_fully(
@@ -213,6 +255,15 @@ def attend_in_documents(
         The context, in the shape of `query`, and the probabilities as of the padded batch, `[batch,
         heads, length, length]`, or None unless `output_attentions`.
     """
+    block_size, has_global_tokens = packed.sparsity.block_size, packed.has_global_tokens
+    engine = sparse_engine(
+        how["implementation"], query, key, value, block_size=block_size, has_global_tokens=has_global_tokens
+    )
+    if engine == "triton" and packed.has_one_pattern and not output_attentions:
+        pattern = packed.sparsity.pattern(packed.spans[0].num_blocks, layer_idx=layer_idx, training=module.training)
+        tensors = (query, key, value, pattern.for_heads(heads), packed.mask_of_padding)
+        sizes = {"block_size": block_size, "scaling": how["scaling"]}
+        return triton_engine.block_sparse_attention(*tensors, documents=packed.extents, **sizes), None
     contexts, all_probabilities = [], None
     if output_attentions:
         all_probabilities = query.new_zeros(packed.batch, query.shape[1], packed.length, packed.length)

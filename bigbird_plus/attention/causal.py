@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import cut, eager, masks, pad_to_blocks, sdpa
+from . import attend_linearly, cut, eager, masks, pad_to_blocks
 from .pattern import CausalPattern, Sparsity, count_blocks
 
 
@@ -82,7 +82,7 @@ def attend_causally(
     implementation: str,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal block-sparse attention by an engine of ours: `"eager"`, or `"sdpa"` for every other name.
+    """Causal block-sparse attention by an engine of ours: `"eager"`, or a linear one for every other name.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
@@ -137,7 +137,7 @@ def _attend_from_start(query, key, value, pattern, causal, scaling):
     block_size = causal.sparsity.block_size
     tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
     key_mask = None if key_mask is None else pad_to_blocks(key_mask, block_size, 1)
-    context = sdpa.block_sparse_attention(*tensors, pattern, key_mask, scaling=scaling)
+    context = attend_linearly(*tensors, pattern, key_mask, block_size=block_size, scaling=scaling)
     context = cut(context, causal.num_keys, 2)
     return context if offset is None else _rotate(context, causal.num_keys - offset, dim=2)
 

@@ -138,7 +138,7 @@ def _count_again(again, num_blocks: int, block_size: int) -> Callable[..., Tenso
     def score_mod(score, batch, head, query_place, key_place):
         row = head * num_blocks + query_place // block_size
         for block, gain in again:
-            score = score + torch.where(block[row] == key_place // block_size, gain[row], 0.0)
+            score = score + torch.where(_look_up(block, row) == key_place // block_size, _look_up(gain, row), 0.0)
         return score
 
     return score_mod
@@ -167,7 +167,7 @@ def _make_block_mask(reads: Tensor, key_mask: Tensor | None, block_size: int) ->
 def _to_lists(reads: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each row reads, `int32`, `[..., m]`, and their numbers, `[..., m, m]`, those not read last."""
     counts = reads.sum(-1, dtype=torch.int32)
-    order = torch.argsort(reads.to(torch.uint8), dim=-1, descending=True, stable=True).to(torch.int32)
+    order = torch.argsort(reads.to(torch.uint8), dim=-1, descending=True, stable=True).to(torch.int32).contiguous()
     torch._dynamo.mark_dynamic(counts, 2)  # even where there are as many blocks as, say, tokens in a block
     torch._dynamo.mark_dynamic(order, (2, 3))
     return counts, order
@@ -179,9 +179,15 @@ def _hide_padding(key_mask: Tensor) -> Callable[..., Tensor]:
     length = torch.tensor(key_mask.shape[1], device=key_mask.device)
 
     def mask_mod(batch, head, query_place, key_place):
-        return is_real[batch * length + key_place]
+        return _look_up(is_real, batch * length + key_place)
 
     return mask_mod
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """An entry of a table, any for an index that is out of bounds: torch tries kernels with random numbers in the
+    place of what they are given, lengths among them."""
+    return table[index.clamp(0, table.shape[0] - 1)]
 
 
 def _as_table(tensor: Tensor) -> Tensor:

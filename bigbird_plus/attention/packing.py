@@ -5,6 +5,7 @@ pattern that it has in the padded tensor. With `pattern_per_document` it gets th
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,22 @@ class PackedInput(NamedTuple):
         """Whether any document has single global tokens, extra ones among them."""
         return self.num_extra > 0 or any(tokens is not None for tokens in self.global_tokens)
 
+    @property
+    def has_one_pattern(self) -> bool:
+        """Whether all documents are read sparsely, as parts of inputs that have the same pattern."""
+        num_blocks = {span.num_blocks for span in self.spans}
+        return len(num_blocks) == 1 and None not in num_blocks
+
+    @property
+    def mask_of_padding(self) -> Tensor | None:
+        """The key mask, or None if there is no padding."""
+        return self.key_mask if any(span.has_padding for span in self.spans) else None
+
+    @property
+    def extents(self) -> Tensor:
+        """Of documents with one pattern, what `triton.block_sparse_attention` calls `documents`."""
+        return _extents(self.spans, self.sparsity.block_size, self.places.device)
+
     def parts(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "PackedInput"]]:
         """Views of the packed `states`, `[1, packed length, ...]`, that hold documents of up to `size` tokens together
         or a longer one, and what layers have to know of each. For documents without extra tokens."""
@@ -129,6 +146,15 @@ class PackedInput(NamedTuple):
         places = [tensor[:, :, :size] for tensor, size in zip(documents, sizes, strict=True)]
         extra = [tensor[:, :, size:] for tensor, size in zip(documents, sizes, strict=True)]
         return torch.cat((*places, *extra), dim=2)
+
+
+@lru_cache(maxsize=8)  # asked for once a layer
+def _extents(spans: tuple[Span, ...], block_size: int, device: torch.device) -> Tensor:
+    extents = [
+        (span.start - span.first_block * block_size, span.first_block, span.first_block + span.size // block_size)
+        for span in spans
+    ]
+    return torch.tensor(extents, dtype=torch.int32, device=device)
 
 
 def pack_documents(

@@ -83,6 +83,8 @@ def test_lists_of_blocks():
     assert lists.full_kv_indices[0, 0, 0, 0] == 0
     assert lists.q_num_blocks.tolist() == [[[0, 2, 0]]]
     assert lists.full_q_num_blocks.tolist() == [[[2, 0, 0]]]
+    tables = (lists.kv_indices, lists.q_indices, lists.full_kv_indices, lists.full_q_indices)
+    assert all(table.is_contiguous() for table in tables)  # the kernels on GPUs take them to be
 
 
 @pytest.mark.parametrize("pattern", [REPEATING.pattern(14), repeating_pattern(14)], ids=["evaluation", "random"])

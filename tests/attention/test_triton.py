@@ -1,0 +1,253 @@
+"""The Triton kernels against the definition: on a GPU, or on the CPU by Triton's interpreter, which takes its time."""
+
+import importlib
+from unittest import mock
+
+import pytest
+import torch
+
+import bigbird_plus.attention
+from bigbird_plus import Sparsity
+from bigbird_plus.attention import eager, sparse_engine
+
+from ..peers import make_model, random_ids
+
+pytest.importorskip("triton")
+triton = importlib.import_module("bigbird_plus.attention.triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)  # the interpreter multiplies the bits of these as whole numbers
+SMALL = Sparsity(num_attention_heads=2, block_size=16, num_random_blocks=1)
+WIDE = Sparsity(
+    num_attention_heads=2, block_size=16, num_random_blocks=1, num_sliding_window_blocks=5, num_global_blocks=3
+)
+CHOSEN = Sparsity(num_attention_heads=2, block_size=16, num_random_blocks=1, global_block_indices=(0, 4, -3))
+
+
+@pytest.fixture
+def in_segments(monkeypatch):
+    """Cuts long lists, as for long inputs."""
+    monkeypatch.setattr(triton, "SHORTEST_SEGMENT", 3)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Makes the kernels the default engine, also where there is no GPU."""
+    monkeypatch.setattr(bigbird_plus.attention, "triton_engine", triton)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton, "has_kernel", lambda query, block_size: True)
+
+
+def random_tensors(batch, length, dim, dtype=torch.float32):
+    """Queries, keys, values and the gradient of the context."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, length, 2, dim)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype).transpose(1, 2) for _ in range(4)]
+
+
+def padding(batch, length):
+    """Holes everywhere, whole blocks without a token, and a last row without any."""
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[0, length // 2 : length // 2 + 40] = False
+    mask[-1] = False
+    return mask.to(DEVICE)
+
+
+def results(function, tensors, dtype=None):
+    """Context and gradients, in float64."""
+    *inputs, grad = (tensor.detach().to(dtype or tensor.dtype) for tensor in tensors)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    context = function(*inputs)
+    return [tensor.double() for tensor in (context.detach(), *torch.autograd.grad(context, inputs, grad))]
+
+
+def check(tensors, of_kernels, of_definition):
+    """No further from the definition in float64 than the definition itself in their dtype, up to a small factor."""
+    exact = results(of_definition, tensors, torch.float64)
+    definition, kernels = results(of_definition, tensors), results(of_kernels, tensors)
+    for name, a, b, c in zip(("context", "query", "key", "value"), exact, definition, kernels, strict=True):
+        roundings = 32 if tensors[0].dtype is torch.float32 else 4
+        allowed = 2 * (b - a).abs().max() + roundings * torch.finfo(tensors[0].dtype).eps * a.abs().max()
+        assert (c - a).abs().max() <= allowed, name
+
+
+def check_pattern(pattern, block_size=16, dim=16, *, batch=1, mask=None, dtype=torch.float32):
+    def kernels(query, key, value):
+        how = {"block_size": block_size, "scaling": 0.3}
+        return triton.block_sparse_attention(query, key, value, pattern, mask, **how)
+
+    def definition(query, key, value):
+        return eager.block_sparse_attention(query, key, value, pattern, mask, scaling=0.3)[0]
+
+    check(random_tensors(batch, pattern.num_blocks * block_size, dim, dtype), kernels, definition)
+
+
+@pytest.mark.parametrize("pattern", [SMALL.pattern(8), WIDE.pattern(11), CHOSEN.pattern(9)], ids=["1", "2", "3"])
+def test_evaluation(pattern):
+    check_pattern(pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_blocks_and_padding(dtype):
+    check_pattern(SMALL.pattern(8, training=True), batch=2, mask=padding(2, 128), dtype=dtype)
+
+
+def test_long_lists_in_segments(in_segments):
+    assert triton._count_segments(CHOSEN.pattern(10), 2) == 4
+    check_pattern(CHOSEN.pattern(10), batch=2, mask=padding(2, 160))
+
+
+@pytest.mark.parametrize(("block_size", "dim"), [(48, 20), (32, 8), (64, 64)])
+def test_other_sizes(block_size, dim):
+    check_pattern(Sparsity(2, block_size, num_random_blocks=0).pattern(6), block_size, dim)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoders(padded):
+    pattern, length = SMALL.causal_pattern(9), 9 * 16
+    mask = padding(2, length) if padded else torch.ones(2, length, dtype=torch.bool, device=DEVICE)
+    mask[:, 0] = True
+    places = torch.arange(length, device=DEVICE)
+
+    def kernels(query, key, value):
+        key_mask = mask if padded else None
+        return triton.block_sparse_attention(query, key, value, pattern, key_mask, block_size=16, scaling=0.3)
+
+    def definition(query, key, value):
+        how = {"block_size": 16, "places": places, "offset": None, "key_mask": mask, "scaling": 0.3}
+        return eager.causal_attention(query, key, value, pattern, **how)[0] * mask[:, None, :, None]
+
+    check(random_tensors(2, length, 16), kernels, definition)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_documents_in_one_row(segments, request):
+    """Each is a part of an input with the pattern: all of it, its beginning, or what is left without left padding."""
+    if segments:
+        request.getfixturevalue("in_segments")
+    pattern, parts = SMALL.pattern(9, training=True), [(0, 9), (0, 4), (3, 8)]
+    sizes = [(last - first) * 16 for first, last in parts]
+    mask = torch.rand(1, sum(sizes), generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.8
+    places = [sum(sizes[:index]) - first * 16 for index, (first, _) in enumerate(parts)]
+    documents = torch.tensor(
+        [(place, *part) for place, part in zip(places, parts, strict=True)], dtype=torch.int32, device=DEVICE
+    )
+
+    def kernels(query, key, value):
+        how = {"block_size": 16, "scaling": 0.3, "documents": documents}
+        return triton.block_sparse_attention(query, key, value, pattern, mask, **how)
+
+    def definition(*tensors):
+        split = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), mask.split(sizes, dim=1), parts, strict=True)
+        contexts = [
+            eager.block_sparse_attention(*qkv, pattern.cut(*part), key_mask, scaling=0.3)[0]
+            for *qkv, key_mask, part in split
+        ]
+        return torch.cat(contexts, dim=2)
+
+    check(random_tensors(1, sum(sizes), 16), kernels, definition)
+
+
+def test_results_do_not_vary(in_segments):
+    tensors, pattern = random_tensors(1, 8 * 16, 16), SMALL.pattern(8, training=True)
+    how = {"block_size": 16, "scaling": 0.3}
+    both = [results(lambda *qkv: triton.block_sparse_attention(*qkv, pattern, None, **how), tensors) for _ in "12"]
+    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+def test_second_derivatives_are_refused():
+    inputs = [tensor.requires_grad_() for tensor in random_tensors(1, 8 * 16, 16)[:3]]
+    context = triton.block_sparse_attention(*inputs, SMALL.pattern(8), None, block_size=16, scaling=0.3)
+    (first,) = torch.autograd.grad(context.sin().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_what_has_kernels():
+    query = torch.empty(1, 2, 128, 64)
+    assert not triton.has_kernel(query, 64)
+    with mock.patch.object(triton, "_is_recent", lambda device: True):
+        for dtype, block_size, dim, expected in (
+            (torch.bfloat16, 64, 64, True),
+            (torch.float32, 80, 100, True),
+            (torch.float64, 64, 64, False),
+            (torch.bfloat16, 40, 64, False),
+            (torch.bfloat16, 64, 160, False),
+        ):
+            query = mock.Mock(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 128, dim))
+            assert triton.has_kernel(query, block_size) is expected
+
+
+def make_small_model(**overrides):
+    settings = {"num_attention_heads": 2, "block_size": 16, "num_random_blocks": 1, "num_hidden_layers": 1}
+    return make_model(**{**settings, **overrides}).to(DEVICE)
+
+
+def states_and_gradients(run, model, implementation, *args, **kwargs):
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    states = run(*args, **kwargs).last_hidden_state
+    kept = kwargs["attention_mask"][..., None] if "attention_mask" in kwargs else 1
+    (states * kept).sin().sum().backward()
+    grads = [p.grad for name, p in model.named_parameters() if p.grad is not None and "pooler" not in name]
+    return torch.cat([(states * kept).flatten(), *(grad.flatten() for grad in grads)])
+
+
+@pytest.mark.parametrize("overrides", [{}, {"pattern_per_document": True}, {"is_decoder": True}], ids=str)
+def test_models_take_them_for_padded_batches(everywhere, overrides):
+    """Batches without their padding in one go, documents with patterns of their own, and decoders."""
+    model = make_small_model(**overrides).train()
+    ids, mask = random_ids(3, 140).to(DEVICE), torch.ones(3, 140, dtype=torch.long, device=DEVICE)
+    mask[1, 120:] = 0
+    mask[2, :35] = 0
+    launched = mock.patch.object(triton, "block_sparse_attention", wraps=triton.block_sparse_attention)
+    with launched as attention:
+        actual = states_and_gradients(model, model, "sdpa", ids, attention_mask=mask)
+    assert attention.call_count == (2 if "pattern_per_document" in overrides else 1)
+    expected = states_and_gradients(model, model, "eager", ids, attention_mask=mask)
+    assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_compiled_models_take_them_in_one_graph_for_all_lengths(everywhere, is_decoder):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_small_model(is_decoder=is_decoder, use_cache=False).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for length in (128, 140):
+        ids = random_ids(2, length).to(DEVICE)
+        actual = states_and_gradients(compiled, model, "sdpa", ids)
+        expected = states_and_gradients(model, model, "eager", ids)
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
+        model.set_attn_implementation("sdpa")
+    assert len(graphs) == 1
+    assert any("triton_attention" in str(node.target) for node in graphs[0].graph.nodes)
+    torch._dynamo.reset()
+
+
+def test_operator_passes_torch_checks():
+    tensors = [tensor.transpose(1, 2).requires_grad_() for tensor in random_tensors(1, 8 * 16, 16)[:3]]
+    random_blocks = torch.as_tensor(SMALL.pattern(8, training=True).random_blocks)
+    arguments = (*tensors, None, random_blocks, [8, 1, 1, 1, 0], [], 16, 0.3)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.bigbird_plus.triton_attention.default, arguments, test_utils=checks)
+
+
+def test_engines_by_name(everywhere):
+    query = torch.empty(1, 2, 128, 64, device=DEVICE)
+    assert sparse_engine("sdpa", query, query, query, block_size=64) == "triton"
+    assert sparse_engine("eager", query, query, query, block_size=64) == "eager"
+    assert sparse_engine("flex_attention", query, query, query, block_size=64) == "flex_attention"
+    assert sparse_engine("sdpa", query, query, query, block_size=64, has_global_tokens=True) == "sdpa"
+
+
+def test_without_a_gpu_the_default_is_another():
+    query = torch.empty(1, 2, 128, 64)
+    assert sparse_engine("sdpa", query, query, query, block_size=64) == "sdpa"
