@@ -54,6 +54,17 @@ def gradients_agree(model, loss, other_loss):
     return all((first[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-5 for name, grad in second.items())
 
 
+def test_nothing_is_asked_of_a_gpu_that_graphs_cannot_hold(monkeypatch):
+    """Where there is one, torch.compile stops at the question whether CUDA captures a graph."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", torch._dynamo.graph_break)
+    model, ids = make_model(num_hidden_layers=1), random_ids(1, 120)
+    compiled = torch.compile(model, fullgraph=True, backend=CountingBackend())
+    actual = compiled(ids).last_hidden_state
+    monkeypatch.undo()
+    torch.testing.assert_close(actual, model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
 def test_inductor():
     model, _ = make_pair("BigBirdModel", num_hidden_layers=1, num_random_blocks=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

@@ -10,8 +10,9 @@ does not tell.)"""
 
 def is_tracing() -> bool:
     """Whether a graph is being made of what happens: by `torch.compile`, `torch.export`, `torch.jit.trace` or CUDA."""
-    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or captures
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # torch.compile fails at that
 
 
 def may_read_values(tensor: Tensor) -> bool:

@@ -44,9 +44,11 @@ def has_kernel(query: Tensor, block_size: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _is_recent(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _capability(device) >= (8, 0)
+
+
+_capability = cache(torch.cuda.get_device_capability)  # asked for in every layer
 
 
 def block_sparse_attention(
