@@ -66,14 +66,17 @@ def _auto_model() -> str:
 
 
 def _default_attention() -> tuple[str, str]:
-    with torch.device("meta"):
-        model = BigBirdModel(BigBirdConfig(num_hidden_layers=1)).eval()
+    with _device():
+        model = BigBirdModel(BigBirdConfig(num_hidden_layers=1, vocab_size=128)).eval()
     return attention_in_use(model, length=model.config.max_position_embeddings)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _sparse_engines(implementation: str) -> str:
     """What computes block-sparse attention under a name on this machine, in inference and in training."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inference, training = (torch.empty(0, 64, device=device, requires_grad=learns) for learns in (False, True))
+    inference, training = (torch.empty(0, 64, device=_device(), requires_grad=learns) for learns in (False, True))
     engines = [sparse_engine(implementation, *3 * (states,), block_size=64) for states in (inference, training)]
     return engines[0] if engines[0] == engines[1] else f"{engines[0]}, and {engines[1]} in training"
