@@ -112,22 +112,23 @@ def sparse_engine(
     block_size: int,
     has_global_tokens: bool = False,
 ) -> str:
-    """The engine that computes block-sparse attention under a name: `"eager"` and `"flex_attention"` under their own.
-    Under every other, for single global tokens, while a graph is traced, and where FlexAttention has no kernel, it is
-    `"triton"` where that has one, else `"sdpa"`."""
+    """The engine that computes block-sparse attention under a name: `"eager"` and `"flex_attention"` under their own,
+    but where FlexAttention has no kernel, as for single global tokens, or a graph is traced; `"triton"` otherwise,
+    where that has one, else `"sdpa"`."""
     if implementation == "eager":
         return "eager"
-    if implementation == "flex_attention" and not has_global_tokens and not is_tracing():  # noqa: SIM102
-        if flex.has_kernel(query, key, value):
-            return "flex_attention"
+    wants_flex = implementation == "flex_attention" and not has_global_tokens and not is_tracing()
+    if wants_flex and flex.has_kernel(query, key, value):
+        return "flex_attention"
     return "triton" if not has_global_tokens and has_triton_kernel(query, block_size) else "sdpa"
 
 
 def has_triton_kernel(query: Tensor, block_size: int) -> bool:
-    """Whether the kernels in `triton` take these queries, `[batch, heads, length, head_dim]`."""
-    if triton_engine is None or not triton_engine.has_kernel(query, block_size):
+    """Whether the kernels in `triton` take these queries, `[batch, heads, length, head_dim]`. Graphs that leave the
+    process are made of torch's own operators."""
+    if triton_engine is None or is_exporting() or torch.jit.is_tracing():
         return False
-    return torch.compiler.is_compiling() and not is_exporting() if is_tracing() else True
+    return triton_engine.has_kernel(query, block_size)
 
 
 def full_engine(implementation: str, query: Tensor, dropout: float = 0.0) -> str:
