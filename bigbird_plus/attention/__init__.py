@@ -169,7 +169,7 @@ def attend_sparsely(
     if engine == "flex_attention":
         context = flex.block_sparse_attention(query, key, value, pattern, key_mask, scaling=scaling)
     else:
-        context = attend_linearly(*arguments, block_size=block_size, scaling=scaling)
+        context = attend_linearly(*arguments, engine=engine, block_size=block_size, scaling=scaling)
     if not output_attentions:
         return context, None
     return context, eager.block_sparse_attention(*arguments, scaling=scaling)[1]
@@ -183,11 +183,12 @@ def attend_linearly(
     key_mask: Tensor | None,
     global_tokens: GlobalTokens | None = None,
     *,
+    engine: str,
     block_size: int,
     scaling: float,
 ) -> Tensor:
-    """The context of `sdpa.block_sparse_attention`, by that engine or, where it has kernels, by `triton`."""
-    if global_tokens is None and has_triton_kernel(query, block_size):
+    """The context of `sdpa.block_sparse_attention`, by that engine or by `"triton"`."""
+    if engine == "triton":
         how = {"block_size": block_size, "scaling": scaling}
         return triton_engine.block_sparse_attention(query, key, value, pattern, key_mask, **how)
     return sdpa.block_sparse_attention(query, key, value, pattern, key_mask, global_tokens, scaling=scaling)

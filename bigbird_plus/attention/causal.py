@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import attend_linearly, cut, eager, masks, pad_to_blocks
+from . import attend_linearly, cut, eager, masks, pad_to_blocks, sparse_engine
 from .pattern import CausalPattern, Sparsity, count_blocks
 
 
@@ -137,7 +137,8 @@ def _attend_from_start(query, key, value, pattern, causal, scaling):
     block_size = causal.sparsity.block_size
     tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
     key_mask = None if key_mask is None else pad_to_blocks(key_mask, block_size, 1)
-    context = attend_linearly(*tensors, pattern, key_mask, block_size=block_size, scaling=scaling)
+    engine = sparse_engine("sdpa", *tensors, block_size=block_size)
+    context = attend_linearly(*tensors, pattern, key_mask, engine=engine, block_size=block_size, scaling=scaling)
     context = cut(context, causal.num_keys, 2)
     return context if offset is None else _rotate(context, causal.num_keys - offset, dim=2)
 

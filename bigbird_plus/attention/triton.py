@@ -153,16 +153,21 @@ def _make_call(query: Tensor, documents: Tensor | None, pattern, block_size: int
     heads, head_dim = query.shape[2:]
     num_documents = query.shape[0] if documents is None else len(documents)
     lists = make_lists(pattern, _count_segments(pattern, num_documents * heads), query.device)
-    most = 64 if query.element_size() == 2 else 32  # what fits in the registers
-    sizes = {
+    scale, is_causal = scaling * LOG2_E.value, isinstance(pattern, CausalPattern)
+    sizes = _sizes(heads, head_dim, block_size, query.element_size())
+    return _Call(*lists, documents, num_documents, scale, is_causal, sizes)
+
+
+@cache
+def _sizes(heads: int, head_dim: int, block_size: int, element_size: int) -> dict[str, int]:
+    most = 64 if element_size == 2 else 32  # what fits in the registers
+    return {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "WIDTH": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK": block_size,
         "TILE": next(size for size in TILES if size <= most and block_size % size == 0),
     }
-    scale, is_causal = scaling * LOG2_E.value, isinstance(pattern, CausalPattern)
-    return _Call(*lists, documents, num_documents, scale, is_causal, sizes)
 
 
 def _empty_parts(call: _Call, tensor: Tensor, *copies: int) -> Tensor:
