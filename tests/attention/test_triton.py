@@ -1,6 +1,5 @@
 """The Triton kernels against the definition: on a GPU, or on the CPU by Triton's interpreter, which takes its time."""
 
-import importlib
 from unittest import mock
 
 import pytest
@@ -12,8 +11,7 @@ from bigbird_plus.attention import eager, sparse_engine
 
 from ..peers import make_model, random_ids
 
-pytest.importorskip("triton")
-triton = importlib.import_module("bigbird_plus.attention.triton")
+triton = pytest.importorskip("bigbird_plus.attention.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
