@@ -1,7 +1,8 @@
 """Attention of BigBird: the one place that the model calls, and the operator for those who want it elsewhere.
 
 *Which* tokens read which is the matter of `pattern`; *how* it is computed that of the engines: `eager`, the
-definition, `sdpa`, which is linear in the length, and `flex`, which is so on torch's FlexAttention.
+definition, and three that are linear in the length: `triton`, the default on NVIDIA's GPUs, `sdpa`, that elsewhere,
+and `flex`, on torch's FlexAttention.
 """
 
 from collections.abc import Iterator
@@ -345,8 +346,9 @@ def block_sparse_attention(
         max_position_embeddings: length, in tokens, for which random blocks are drawn (see `random_blocks`). A graph of
             `torch.export` that reads random blocks serves no longer inputs.
         scaling: what scores are multiplied by, `head_dim ** -0.5` by default.
-        implementation: `"sdpa"` (the default; linear in the length), `"flex_attention"` (linear as well; on a GPU, or
-            on a CPU without gradients, else `"sdpa"` serves) or `"eager"` (the definition; quadratic).
+        implementation: `"sdpa"` (the default; linear in the length, on NVIDIA's GPUs by Triton kernels),
+            `"flex_attention"` (linear as well; on a GPU, or on a CPU without gradients, else `"sdpa"` serves) or
+            `"eager"` (the definition; quadratic).
         output_attentions: whether to return the probabilities, too. They take memory quadratic in the length.
 
     Returns:

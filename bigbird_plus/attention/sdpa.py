@@ -1,4 +1,4 @@
-"""The default engine: time and memory linear in the length, on any device, with gradients.
+"""The default engine but on NVIDIA's GPUs: time and memory linear in the length, on any device, with gradients.
 
 Global blocks read everything: a dense attention with few rows. For the others there are two ways.
 
