@@ -94,6 +94,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the same tensors can be saved for a backward pass later
 def _make_plan(pattern: BlockPattern, heads: int, device: torch.device) -> _Plan:
     num_blocks, rows = pattern.num_blocks, slice(pattern.first_row, pattern.last_row)
     lists = pattern.structured_lists(rows.start, rows.stop)[None]

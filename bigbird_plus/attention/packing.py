@@ -149,6 +149,7 @@ class PackedInput(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # asked for once a layer
+@torch.inference_mode(False)  # the same tensor can be saved for a backward pass later
 def _extents(spans: tuple[Span, ...], block_size: int, device: torch.device) -> Tensor:
     extents = [
         (span.start - span.first_block * block_size, span.first_block, span.first_block + span.size // block_size)
