@@ -676,8 +676,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _streams(self, hidden_states: Tensor, mask) -> bool:
         """Whether the layers write over the states of large inputs, part after part: in inference on a CPU, where they
         can and nobody watches."""
-        is_possible = isinstance(mask, (SparseInput, PackedInput)) and not mask.has_global_tokens
-        if not is_possible or torch.is_grad_enabled() or not can_merge(hidden_states):
+        if torch.is_grad_enabled() or not can_merge(hidden_states):
+            return False
+        if not isinstance(mask, (SparseInput, PackedInput)) or mask.has_global_tokens:
             return False
         layers = self.encoder.layer
         name, block_size = self.config._attn_implementation, self.config.block_size

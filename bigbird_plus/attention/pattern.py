@@ -363,7 +363,11 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
     )
 
 
-@torch.library.custom_op("bigbird_plus::random_blocks", mutates_args=())
+# torch 2.6 cannot make it of `list[int]`.
+_SCHEMA = "(SymInt[] settings, SymInt[]? indices, SymInt num_blocks, SymInt layer_idx) -> Tensor"
+
+
+@torch.library.custom_op("bigbird_plus::random_blocks", mutates_args=(), schema=_SCHEMA)
 def _traced_random_blocks(settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int) -> Tensor:
     """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
     generators do not allow. `settings` and `indices` are the fields of a `Sparsity`."""
@@ -484,7 +488,7 @@ def _longest_causal_plan(settings: list[int], indices: list[int] | None, layer_i
     return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(most))
 
 
-@torch.library.custom_op("bigbird_plus::causal_random_blocks", mutates_args=())
+@torch.library.custom_op("bigbird_plus::causal_random_blocks", mutates_args=(), schema=_SCHEMA)
 def _traced_causal_random_blocks(
     settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int
 ) -> Tensor:

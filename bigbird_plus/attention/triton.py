@@ -216,17 +216,18 @@ def _merge(call: _Call, parts: Tensor, targets: Tensor, lse_parts=None, log_sum_
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bigbird_plus::triton_attention", mutates_args=())
+# torch 2.6 cannot make them of `list[int]`.
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? random_blocks, SymInt[] fields, "
+    "SymInt[]? middle_blocks, SymInt block_size, float scaling"
+)
+_SCHEMA = f"({_INPUTS}) -> (Tensor, Tensor)"
+_SCHEMA_OF_GRADIENTS = f"(Tensor grad_output, {_INPUTS}, Tensor output, Tensor log_sum_exp) -> Tensor"
+
+
+@torch.library.custom_op("bigbird_plus::triton_attention", mutates_args=(), schema=_SCHEMA)
 def _traced_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    random_blocks: Tensor | None,
-    fields: list[int],
-    middle_blocks: list[int] | None,
-    block_size: int,
-    scaling: float,
+    query, key, value, key_mask, random_blocks, fields, middle_blocks, block_size, scaling
 ) -> tuple[Tensor, Tensor]:
     pattern = _from_arguments(fields, middle_blocks, random_blocks)
     return _attend(query, key, value, key_mask, None, pattern, block_size, scaling)
@@ -237,20 +238,20 @@ def _(query, *others):
     return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("bigbird_plus::triton_attention_backward", mutates_args=())
+@torch.library.custom_op("bigbird_plus::triton_attention_backward", mutates_args=(), schema=_SCHEMA_OF_GRADIENTS)
 def _traced_gradients(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    random_blocks: Tensor | None,
-    fields: list[int],
-    middle_blocks: list[int] | None,
-    block_size: int,
-    scaling: float,
-    output: Tensor,
-    log_sum_exp: Tensor,
+    grad_output,
+    query,
+    key,
+    value,
+    key_mask,
+    random_blocks,
+    fields,
+    middle_blocks,
+    block_size,
+    scaling,
+    output,
+    log_sum_exp,
 ) -> Tensor:
     pattern = _from_arguments(fields, middle_blocks, random_blocks)
     return _gradients(
