@@ -44,7 +44,7 @@ class BlockLists(NamedTuple):
 def make_lists(
     pattern: BlockPattern | CausalPattern, segments: int, device: torch.device
 ) -> tuple[BlockLists, BlockLists]:
-    """What blocks read, and what they are read by."""
+    """What blocks read, and what they are read by. Made once for a pattern, as long as a bounded cache holds it."""
     head, row, block, count = _count_readings(pattern)
     how = {"pattern": pattern, "segments": segments, "device": device}
     return _as_lists(head, row, block, count, **how), _as_lists(head, block, row, count, **how)

@@ -3,7 +3,8 @@
 A row of the pattern, or a part of it, is a program: it holds the queries, takes the keys of the blocks in its list one
 after another, and keeps a running softmax (as flash attention does, arXiv 2307.08691). A block that is read c times
 gets `+ log(c)` on its scores. The gradients of the queries walk over the same lists, those of keys and values over the
-lists of the blocks that read each block, so that no two programs write to one place: results do not vary.
+lists of the blocks that read each block, so that no two programs write other numbers to one place: results do not
+vary.
 
 Long lists, those of global blocks, are cut in segments for several programs, whose results are merged.
 """
