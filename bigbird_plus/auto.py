@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+)
 from transformers.models.auto import configuration_auto, tokenization_auto
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .attention.engines import AUTOMATIC, name_to_transformers
 from .configuration_big_bird import BigBirdConfig
 from .modeling_big_bird import BigBirdModel
 from .modeling_heads import (
@@ -54,6 +61,7 @@ def tables() -> list[dict]:
     names = ("TOKENIZER_MAPPING_NAMES", "REGISTERED_TOKENIZER_CLASSES", "REGISTERED_FAST_ALIASES")  # the last two: 5.x
     by_name = [getattr(tokenization_auto, name) for name in names if hasattr(tokenization_auto, name)]
     pipelines = PIPELINE_REGISTRY.supported_tasks
+    by_name += [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
     return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables(), pipelines]
 
 
@@ -85,6 +93,8 @@ def register() -> None:
     )
     prefer_registered_tokenizers()
     register_pipeline()
+    for name in AUTOMATIC:
+        name_to_transformers(name)
     for table in peft_tables():
         table.setdefault(BigBirdConfig.model_type, table["bert"])  # the layers have BERT's names
     for table, old in before:

@@ -77,12 +77,13 @@ def _fill_in_document(model, tokenizer) -> None:
         before = "..." + word.string[max(0, word.start() - 30) : word.start()]
         table.add_row(Text(before + tokenizer.mask_token), Text(word[0]), _in_one_line(best))
     length = len(tokenizer(text).input_ids)
-    attention_type, implementation = attention_in_use(model, length)
+    attention_type, engine, passed_over = attention_in_use(model, length)
     facts = {
         "weights": "small, and trained on other books of the King James Bible",
         "model": f"{type(model).__module__.split('.')[0]}.{type(model).__name__}, loaded by path",
         "attention type": attention_type,
-        "implementation": implementation,
+        "engine": engine,
+        **{f"not {name}, as": reason for name, reason in passed_over.items()},
         "document": f"{length:,} tokens",
         "speed": f"{length / seconds:,.0f} tokens per second on {fill.device}",
     }

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from .attention import full_engine, sparse_engine
-from .attention.pattern import Sparsity
+from .attention import full
+from .attention.plan import Tokens, full_implementation, make_plan
 
 DATA = Path(__file__).parent / "data"
 
@@ -38,18 +38,19 @@ def mask_words(text: str, mask_token: str, count: int) -> tuple[str, list[re.Mat
     return mask_token.join([*kept, text[ends[-1] :]]), chosen
 
 
-def attention_in_use(model, length: int) -> tuple[str, str]:
+def attention_in_use(model, length: int) -> tuple[str, str, dict[str, str]]:
     """How a BigBird encoder reads `length` tokens, in training if it is in that mode, else without gradients.
 
     Returns:
-        The attention type, and the engine that computes it. That need not be `attn_implementation`, which falls back
-        to another where it cannot.
+        The attention type; what computes it, an engine of ours or the attention function of transformers; and the
+        engines that were passed over, with their reasons.
     """
-    config, attention_type = model.config, model.base_model.attention_type
-    head_dim = config.hidden_size // config.num_attention_heads
-    states = torch.empty(0, head_dim, dtype=model.dtype, device=model.device, requires_grad=model.training)
-    if attention_type == "block_sparse" and length > Sparsity.from_config(config).full_attention_length:
-        how = {"block_size": config.block_size, "has_global_tokens": config.num_extra_global_tokens > 0}
-        return attention_type, sparse_engine(config._attn_implementation, states, states, states, **how)
-    dropout = config.attention_probs_dropout_prob if model.training else 0.0
-    return "original_full", full_engine(config._attn_implementation, states, dropout)
+    attention_type = model.base_model.attention_type
+    with torch.set_grad_enabled(model.training):
+        plan = make_plan(
+            model.config, attention_type, Tokens(1, torch.arange(length, device=model.device), model.dtype)
+        )
+    if plan.choice is not None:
+        return attention_type, plan.choice.name, plan.choice.passed_over
+    dropout = model.config.attention_probs_dropout_prob if model.training else 0.0
+    return "original_full", full.function_name(full_implementation(model.config), model.device, dropout), {}

@@ -9,11 +9,9 @@ import torch
 from transformers import AutoModel
 
 from . import __version__
-from .attention import sparse_engine
+from .attention.engines import Call, Choice, choose_engine
 from .configuration_big_bird import BigBirdConfig
-from .demo import attention_in_use
 from .linear import prefers_onednn
-from .modeling_big_bird import BigBirdModel
 
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "accelerate", "peft", "flash-attn", "triton")
 
@@ -30,9 +28,7 @@ def describe_environment() -> dict[str, str]:
         "CPU threads of torch": str(torch.get_num_threads()),
         "AutoModel gives": _auto_model(),
         "float32 linear layers": "oneDNN" if prefers_onednn(torch.ones(1)) else "torch's default",
-        "default attention type, implementation": ", ".join(_default_attention()),
-        "block-sparse flex_attention is": _sparse_engines("flex_attention"),
-        "block-sparse flash_attention_2 is": _sparse_engines("flash_attention_2"),
+        **_sparse_attention(),
     }
 
 
@@ -65,18 +61,23 @@ def _auto_model() -> str:
     return f"{model_class.__module__}.{model_class.__name__}"
 
 
-def _default_attention() -> tuple[str, str]:
-    with _device():
-        model = BigBirdModel(BigBirdConfig(num_hidden_layers=1, vocab_size=128)).eval()
-    return attention_in_use(model, length=model.config.max_position_embeddings)
+def _sparse_attention() -> dict[str, str]:
+    """What computes block-sparse attention, by default and under names that need not be what runs."""
+    default = _choose("sdpa", learns=False)
+    engines = {"block-sparse attention is": default.name}
+    engines |= {f"not {name}, as": reason for name, reason in default.passed_over.items()}
+    for name in ("flex_attention", "flash_attention_2"):
+        inference, training = (_choose(name, learns=learns).name for learns in (False, True))
+        engines[f"block-sparse {name} is"] = (
+            inference if inference == training else f"{inference}, and {training} in training"
+        )
+    return engines
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _sparse_engines(implementation: str) -> str:
-    """What computes block-sparse attention under a name on this machine, in inference and in training."""
-    inference, training = (torch.empty(0, 64, device=_device(), requires_grad=learns) for learns in (False, True))
-    engines = [sparse_engine(implementation, *3 * (states,), block_size=64) for states in (inference, training)]
-    return engines[0] if engines[0] == engines[1] else f"{engines[0]}, and {engines[1]} in training"
+def _choose(implementation: str, *, learns: bool) -> Choice:
+    call = Call(_device(), torch.float32, head_dim=64, block_size=64, needs_gradients=learns)
+    return choose_engine(implementation, call)

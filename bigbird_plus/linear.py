@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention.masks import is_exporting, is_tracing
+from .attention.common import is_exporting, is_tracing
 from .pieces import is_watched
 
 tanh_gelu = partial(nn.functional.gelu, approximate="tanh")

@@ -1,7 +1,5 @@
 """BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
@@ -10,28 +8,24 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
+from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import prune_linear_layer
 
 from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
-from .attention import (
-    SparseInput,
-    attend_fully,
-    attend_in_documents,
-    attend_sparsely,
-    cut,
-    make_sparse_input,
-    masks,
-    pad_to_blocks,
-    sparse_engine,
+from .attention import masks
+from .attention.common import is_exporting, may_read_values, pieces_at_once, runs
+from .attention.documents import (
+    Flattened,
+    document_positions,
+    first_tokens,
+    holds_documents,
+    uncompiled_for_documents,
 )
-from .attention.causal import CausalInput, attend_causally, make_causal_input
-from .attention.packing import PackedInput, pack_documents
-from .attention.pattern import Sparsity, check_whole_number
-from .attention.sdpa import can_merge
-from .attention.streaming import AttentionStream, is_streamable
+from .attention.impl.flash_cpu import Stream, is_streamable
+from .attention.pattern import check_whole_number
+from .attention.plan import FullPart, Plan, Tokens, full_implementation, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
-from .memory import pieces_at_once, runs
 from .pieces import in_pieces, is_watched
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
@@ -73,8 +67,11 @@ def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tenso
     return (attention_mask != 0).int().argmax(dim=-1)
 
 
-def first_states(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
-    """`[batch, hidden_size]`: the state of each document's first token."""
+def first_states(states: Tensor, attention_mask: Tensor | None, config, position_ids: Tensor | None = None) -> Tensor:
+    """`[documents, hidden_size]`: the state of each document's first token. `position_ids` is given if rows hold
+    several documents, in which each starts anew; otherwise there is one in each row."""
+    if position_ids is not None:
+        return states[first_tokens(position_ids, states.shape[0])]
     if not config.pattern_per_document:
         return states[:, 0]
     return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
@@ -138,7 +135,7 @@ class BigBirdSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: SparseInput | CausalInput | Tensor | None,
+        plan: Plan,
         head_mask: Tensor | None = None,
         past_key_values=None,
         cache_position: Tensor | None = None,
@@ -150,32 +147,19 @@ class BigBirdSelfAttention(nn.Module):
             past_key_values = past_key_values.self_attention_cache
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-        return self._attend(hidden_states, key, value, mask, head_mask, output_attentions)
+        return self._attend(hidden_states, key, value, plan, head_mask, output_attentions)
 
-    def _attend(self, hidden_states, key, value, mask, head_mask, output_attentions):
-        query = self.queries(hidden_states)
-        how = {
-            "scaling": self.scaling,
-            "implementation": self.config._attn_implementation,
-            "output_attentions": output_attentions,
-        }
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        if isinstance(mask, PackedInput):
-            how = {**how, "dropout": dropout, "layer_idx": self.layer_idx, "heads": self.heads}
-            context, probabilities = attend_in_documents(self, query, key, value, mask, **how)
-        elif isinstance(mask, SparseInput):
-            pattern = mask.pattern(self.layer_idx, self.training).for_heads(self.heads)
-            tokens = mask.global_tokens
-            context, probabilities = attend_sparsely(query, key, value, pattern, mask.key_mask, tokens, **how)
-        elif isinstance(mask, CausalInput):
-            pattern = mask.sparsity.causal_pattern(mask.num_blocks, layer_idx=self.layer_idx).for_heads(self.heads)
-            context, probabilities = attend_causally(query, key, value, pattern, mask, **how)
-        else:
-            context, probabilities = attend_fully(self, query, key, value, mask, dropout=dropout, **how)
+    def _attend(self, hidden_states, key, value, plan, head_mask, output_attentions):
+        context, probabilities = plan.attend(self, self.queries(hidden_states), key, value, output_attentions)
         if head_mask is not None:
             context = context * head_mask[:, None, None]
             probabilities = None if probabilities is None else probabilities * head_mask[:, None, None]
         return context.transpose(1, 2).flatten(2), probabilities
+
+    @property
+    def dropout(self) -> float:
+        """The share of probabilities that full attention drops now."""
+        return self.config.attention_probs_dropout_prob if self.training else 0.0
 
     def queries(self, states: Tensor) -> Tensor:
         """`[batch, heads, length, head_dim]` of `[batch, length, hidden_size]`."""
@@ -197,13 +181,13 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        mask: Tensor | None,
+        plan: FullPart,
         past_key_values=None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BigBirdSelfAttention.forward`, on `encoder_hidden_states` of `[batch, source length, hidden_size]`."""
         key, value = self._cached_keys_and_values(encoder_hidden_states, past_key_values)
-        return self._attend(hidden_states, key, value, mask, None, output_attentions)
+        return self._attend(hidden_states, key, value, plan, None, output_attentions)
 
     def _cached_keys_and_values(self, encoder_hidden_states, past_key_values):
         cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
@@ -291,22 +275,22 @@ class BigBirdLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: SparseInput | CausalInput | Tensor | None = None,
+        plan: Plan,
         head_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_mask: Tensor | None = None,
+        encoder_plan: FullPart | None = None,
         cache_position: Tensor | None = None,
         output_attentions: bool = False,
         past_key_values=None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """New hidden states, `[batch, length, hidden_size]`, probabilities, and those of cross-attention."""
         hidden_states, probabilities = self.attention(
-            hidden_states, mask, head_mask, past_key_values, cache_position, output_attentions
+            hidden_states, plan, head_mask, past_key_values, cache_position, output_attentions
         )
         cross_probabilities = None
         if encoder_hidden_states is not None:
             hidden_states, cross_probabilities = self.crossattention(
-                hidden_states, encoder_hidden_states, encoder_mask, past_key_values, output_attentions
+                hidden_states, encoder_hidden_states, encoder_plan, past_key_values, output_attentions
             )
         if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
             chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
@@ -320,26 +304,26 @@ class BigBirdLayer(GradientCheckpointingLayer):
         """`[batch, length, hidden_size]`, each token by itself."""
         return self.output(self.intermediate(hidden_states), hidden_states)
 
-    def stream(self, states: Tensor, part: SparseInput | PackedInput) -> None:
-        """As `forward`, in inference, but written over `states`, one of the `parts` of an input: of a document that is
+    def stream(self, states: Tensor, plan: Plan) -> None:
+        """As `forward`, in inference, but written over `states`, one of the `shares` of a plan: of a document that is
         longer than `tokens_at_once` some blocks after others. What that takes does not grow with the length."""
         attention, size = self.attention.self, self.tokens_at_once(states)
-        document = part.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
+        document = plan.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
         if document is None or not is_streamable(document[0]):
-            states.copy_(self(states, part)[0])
+            states.copy_(self(states, plan)[0])
         else:
-            self._stream_document(states, *document, part.sparsity.block_size, size)
+            self._stream_document(states, *document, size)
 
     def tokens_at_once(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""
         return pieces_at_once(self.intermediate_size * hidden_states.element_size())
 
-    def _stream_document(self, states, pattern, key_mask, block_size, size):
-        attention = self.attention.self
+    def _stream_document(self, states, pattern, key_mask, size):
+        attention, block_size = self.attention.self, pattern.block_size
         first, last = pattern.first_row * block_size, pattern.last_row * block_size
         ends = torch.cat((states[:, :first], states[:, last:]), dim=1)
         asked, read = attention.queries(ends), attention.keys_and_values(ends)
-        stream = AttentionStream(pattern, block_size, asked, *read, key_mask, scaling=attention.scaling)
+        stream = Stream(pattern, asked, *read, key_mask, scaling=attention.scaling)
         for rows in runs(pattern.first_row, pattern.last_row, max(1, size // block_size)):
             blocks = stream.blocks_before(rows)
             if blocks:
@@ -359,62 +343,45 @@ class BigBirdEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layer = nn.ModuleList(BigBirdLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.num_extra = config.num_extra_global_tokens
         self.gradient_checkpointing = False
 
     def forward(
         self,
         hidden_states,
-        mask,
+        plan,
         head_masks,
         *others,
-        length,
-        kept,
         past_key_values,
         output_attentions,
         output_hidden_states,
         streams,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """All layers on `[batch, padded length and extra tokens, hidden_size]`, or on a packed batch; what comes out
-        is `[batch, length, hidden_size]`, with zeros where `kept`, `bool` of `[batch, length]`, is False. With
-        `streams`, the layers write over the states that come in, part after part."""
-        restore = mask.unpack if isinstance(mask, PackedInput) else partial(_restore, length=length, kept=kept)
+        """All layers on what has entered the plan, `[batch, padded length and extra tokens, hidden_size]` or a packed
+        row; what comes out has left it, `[batch, length, hidden_size]`. With `streams`, the layers write over the
+        states that come in, part after part."""
         if streams:
-            for states, part in mask.parts(hidden_states, self.layer[0].tokens_at_once(hidden_states)):
+            for states, own_plan in plan.shares(hidden_states, self.layer[0].tokens_at_once(hidden_states)):
                 for layer in self.layer:
-                    layer.stream(states, part)
-            return BaseModelOutputWithPastAndCrossAttentions(restore(hidden_states))
+                    layer.stream(states, own_plan)
+            return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states))
         attentions, cross_attentions = (), ()
-        all_hidden_states = (restore(hidden_states),) if output_hidden_states else None
+        all_hidden_states = (plan.leave(hidden_states),) if output_hidden_states else None
         for layer, head_mask in zip(self.layer, head_masks, strict=True):
             hidden_states, attention, cross_attention = layer(
-                hidden_states, mask, head_mask, *others, output_attentions, past_key_values=past_key_values
+                hidden_states, plan, head_mask, *others, output_attentions, past_key_values=past_key_values
             )
             if output_hidden_states:
-                all_hidden_states += (restore(hidden_states),)
+                all_hidden_states += (plan.leave(hidden_states),)
             if output_attentions:
-                attentions += (self._of_tokens(attention, mask, length),)
+                attentions += (plan.leave_probabilities(attention),)
                 cross_attentions += () if cross_attention is None else (cross_attention,)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=restore(hidden_states),
+            last_hidden_state=plan.leave(hidden_states),
             hidden_states=all_hidden_states,
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions or None,
             **{CACHE: past_key_values},
         )
-
-    def _of_tokens(self, probabilities, mask, length):
-        """Probabilities without the rows and columns of what is no token of the input."""
-        if isinstance(mask, SparseInput):
-            return cut(cut(probabilities, length, 2), length, 3)
-        if isinstance(mask, PackedInput) or not self.num_extra:
-            return probabilities
-        return probabilities[:, :, :length, : -self.num_extra]
-
-
-def _restore(hidden_states: Tensor, length: int, kept: Tensor | None) -> Tensor:
-    hidden_states = cut(hidden_states, length, 1)
-    return hidden_states if kept is None else hidden_states.masked_fill(~kept[..., None], 0)
 
 
 class BigBirdPreTrainedModel(PreTrainedModel):
@@ -542,6 +509,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         for layer_idx, heads in heads_to_prune.items():
             self.encoder.layer[layer_idx].attention.prune_heads(heads)
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -561,7 +529,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         global_attention_mask: Tensor | None = None,
         computes_padding: bool = False,
         cache=None,
-        **kwargs,
+        **kwargs: Unpack[Flattened],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Hidden states of `[batch, length]` tokens.
 
@@ -586,6 +554,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
             computes_padding: whether the states of padding shall be computed, too. Otherwise they are zero, but in
                 decoders and in eager attention, and but for those of first places that `pooler_output` is made of.
             cache: another name of `past_key_values`, that of transformers from 5.24 on.
+            **kwargs: of rows that hold several documents, see `attention.documents`: each is read as it is alone, with
+                a pattern of its own, and `pooler_output` is `[documents, hidden_size]`. Positions that start anew at 0
+                within a row (`position_ids`, without `attention_mask`) are enough.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
@@ -594,225 +565,122 @@ class BigBirdModel(BigBirdPreTrainedModel):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
-        if input_ids is not None and masks.may_read_values(input_ids) and not config.is_decoder:
+        if input_ids is not None and may_read_values(input_ids) and not config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        device = (input_ids if inputs_embeds is None else inputs_embeds).device
-
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        position_ids = document_positions(position_ids, attention_mask, inputs.shape[:2], kwargs)
         past_key_values = the_cache(past_key_values, cache)
+        has_documents = past_key_values is None and holds_documents(position_ids, attention_mask)
         wants_tuple_cache = isinstance(past_key_values, (tuple, list))
-        past_key_values = self._prepare_cache(past_key_values, use_cache)
-        past = tokens_in_cache(past_key_values, cache_position)
-        if cache_position is None:
-            cache_position = torch.arange(length, device=device) + past
-        chosen = self._chosen_tokens(global_attention_mask, batch, length)
-        kept = None if computes_padding else self._kept_states(attention_mask, batch, length, past_key_values)
-        packed = self._pack(kept, attention_mask, chosen, length, past_key_values)
-        self._check_length(past, length, position_ids, packed)
-        positions = cache_position[None] if position_ids is None else position_ids
-        if packed is not None:
-            positions = packed.positions if position_ids is None else packed.pack(position_ids)
-            input_ids, token_type_ids, inputs_embeds = map(packed.pack, (input_ids, token_type_ids, inputs_embeds))
+        past_key_values = self._prepare_cache(past_key_values, use_cache, has_documents)
+        tokens = self._tokens(inputs, position_ids, past_key_values, cache_position)._replace(
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            has_documents=has_documents,
+        )
+        keeps = "all" if computes_padding else "first" if self._uses_pooler() else "real"
+        plan = make_plan(config, self.attention_type, tokens, keeps=keeps)
 
-        hidden_states = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
-        mask = packed
-        if packed is None:
-            mask = self._mask(
-                attention_mask, chosen, position_ids, hidden_states, cache_position, past, past_key_values
-            )
-        if isinstance(mask, SparseInput):
-            hidden_states = pad_to_blocks(hidden_states, config.block_size, dim=1)
+        embeddings = self.embeddings(input_ids, token_type_ids, plan.positions, inputs_embeds)
+        hidden_states = self.embeddings.append_extra_tokens(plan.enter(embeddings), plan.num_documents)
         asks_for_more = output_attentions or output_hidden_states or head_mask is not None
-        documents = batch if packed is None else len(packed.spans)
-        hidden_states = self.embeddings.append_extra_tokens(hidden_states, documents)
         outputs = self.encoder(
             hidden_states,
-            mask,
+            plan,
             self._head_masks(head_mask),
             encoder_hidden_states,
-            self._cross_attention_mask(encoder_attention_mask, encoder_hidden_states, hidden_states),
-            cache_position,
-            length=length,
-            kept=kept,
+            self._encoder_plan(encoder_attention_mask, encoder_hidden_states, tokens),
+            tokens.places,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            streams=not asks_for_more and self._streams(hidden_states, mask),
+            streams=not asks_for_more and self._streams(hidden_states, plan),
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            pooler_output=self._pool(outputs.last_hidden_state, attention_mask), **outputs
+            pooler_output=self._pool(
+                outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
+            ),
+            **outputs,
         )
         if wants_tuple_cache:
             output[CACHE] = tuples_of_cache(past_key_values)
         return as_requested(output, return_dict, config)
 
-    def _pool(self, hidden_states, attention_mask):
+    def _tokens(self, inputs, position_ids, cache, cache_position) -> Tokens:
+        """What the plan is made of, without masks; `inputs` are ids or embeddings."""
+        batch, length = inputs.shape[:2]
+        past = tokens_in_cache(cache, cache_position)
+        if cache_position is None:
+            cache_position = torch.arange(length, device=inputs.device) + past
+        return Tokens(
+            batch=batch,
+            places=cache_position,
+            dtype=masks.compute_dtype(inputs.dtype if inputs.is_floating_point() else self.dtype, inputs.device),
+            position_ids=position_ids,
+            past=past,
+            keys=None if cache is None else cached_key_length(cache, length, cache_position),
+        )
+
+    def _uses_pooler(self) -> bool:
+        return self.pooler is not None and not self.pooler.is_frozen
+
+    def _pool(self, hidden_states, attention_mask, position_ids):
         if self.pooler is None:
             return None
-        return torch.tanh(self.pooler(first_states(hidden_states, attention_mask, self.config)))
+        return torch.tanh(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
 
-    def _reads_sparsely(self, keys, past_key_values) -> bool:
-        """Whether this call does: if there are more keys than the pattern lets a token read anyway. (A decoder's first
-        tokens read in full all the same.)"""
-        sparsity = Sparsity.from_config(self.config)
-        knows_how = self.config.is_decoder or past_key_values is None
-        return knows_how and self.attention_type == "block_sparse" and keys > sparsity.full_attention_length
-
-    def _mask(self, attention_mask, chosen, position_ids, hidden_states, cache_position, past, cache):
-        """What self-attention has to know of an input that is not packed."""
-        batch, length = hidden_states.shape[:2]
-        keys = length if cache is None else cached_key_length(cache, length, cache_position)
-        no_mask = self.config.is_decoder and cache is None and attention_mask is None
-        document_positions = position_ids if no_mask else None
-        if not self._reads_sparsely(keys, cache):
-            return self._full_mask(attention_mask, document_positions, hidden_states, cache_position, past, keys)
-        if self.config.is_decoder:
-            return self._causal_input(attention_mask, document_positions, batch, cache_position, past, keys)
-        return self._sparse_input(attention_mask, chosen, batch, length, hidden_states.device)
-
-    def _streams(self, hidden_states: Tensor, mask) -> bool:
+    def _streams(self, hidden_states: Tensor, plan: Plan) -> bool:
         """Whether the layers write over the states of large inputs, part after part: in inference on a CPU, where they
         can and nobody watches."""
-        if torch.is_grad_enabled() or not can_merge(hidden_states):
-            return False
-        if not isinstance(mask, (SparseInput, PackedInput)) or mask.has_global_tokens:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not plan.can_stream:
             return False
         layers = self.encoder.layer
-        name, block_size = self.config._attn_implementation, self.config.block_size
-        engine = sparse_engine(name, hidden_states, hidden_states, hidden_states, block_size=block_size)
         return (
             len(layers) > 0
-            and engine == "sdpa"
             and all(type(layer) is BigBirdLayer and not layer.attention.self.training for layer in layers)
             and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
             and not is_watched(self.embeddings)
             and not is_watched(self.encoder)
         )
 
-    def _prepare_cache(self, past_key_values, use_cache):
+    def _prepare_cache(self, past_key_values, use_cache, has_documents=False):
         """The cache to use, a new one where a decoder shall return one; None for none."""
+        if has_documents and use_cache and self.config.is_decoder:
+            raise ValueError(
+                "use_cache=True is for rows of one document each, but position_ids start anew within one."
+            )
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = cache_of_tuples(past_key_values)
         if use_cache is None:
-            use_cache = self.config.use_cache and not masks.is_exporting()  # torch.export knows no caches
+            use_cache = self.config.use_cache and not is_exporting()  # torch.export knows no caches
         if self.encoder.gradient_checkpointing and self.training:
             use_cache = False
-        if past_key_values is None and use_cache and self.config.is_decoder:
+        if past_key_values is None and use_cache and self.config.is_decoder and not has_documents:
             past_key_values = DynamicCache(config=self.config)
             if self.config.add_cross_attention:
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         return past_key_values
 
-    def _kept_states(self, attention_mask, batch, length, cache) -> Tensor | None:
-        """`bool`, `[batch, length]`: whose states are returned; None for all. Those are the real tokens, and the first
-        place of a document even if it is padding, if it is to tell something of the document."""
-        config = self.config
-        keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
-        if keeps_all or config.is_decoder or cache is not None:
-            return None
-        if attention_mask is None or attention_mask.dim() != 2:
-            return None
-        real = masks.padding_mask(attention_mask, batch, length)
-        if real is None or config.pattern_per_document or self.pooler is None or self.pooler.is_frozen:
-            return real
-        is_first = torch.arange(length, device=real.device) == 0
-        return real | (is_first & real.any(-1, keepdim=True))
-
-    def _chosen_tokens(self, global_attention_mask, batch, length) -> Tensor | None:
-        if global_attention_mask is not None and self.config.is_decoder:
-            raise ValueError(
-                "global_attention_mask is for encoders: in a decoder (is_decoder=True) a token that is read by all "
-                "would be read by earlier ones. Leave it out."
-            )
-        return masks.global_mask(global_attention_mask, batch, length)
-
-    def _pack(self, kept, attention_mask, chosen, length, cache) -> PackedInput | None:
-        """The batch without its padding, where that saves anything, or is to change how documents are read."""
-        if kept is None or masks.is_tracing():
-            return None
-        real = attention_mask != 0
-        if (kept & ~real).any():
-            return None
-        return pack_documents(
-            Sparsity.from_config(self.config),
-            real,
-            reads_sparsely=self._reads_sparsely(length, cache),
-            per_document=self.config.pattern_per_document,
-            chosen=chosen,
-            num_extra=self.config.num_extra_global_tokens,
-        )
-
-    def _check_length(self, past, length, position_ids, packed):
-        most = self.config.max_position_embeddings
-        if packed is not None and self.config.pattern_per_document:
-            length = max(span.length for span in packed.spans)
-        if position_ids is None and isinstance(past, int) and past + length > most:
-            raise ValueError(
-                f"The input has {past + length} tokens, but max_position_embeddings is {most}. Cut it "
-                f"(truncation=True in the tokenizer), or use a model with more positions."
-            )
-
-    def _sparse_input(self, attention_mask, chosen, batch, length, device) -> SparseInput:
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has the shape {list(attention_mask.shape)}, but block-sparse attention takes "
-                f"[batch, length]. Masks of more dimensions need attention_type='original_full'."
-            )
-        mask = masks.padding_mask(attention_mask, batch, length)
-        sparsity, num_extra = Sparsity.from_config(self.config), self.config.num_extra_global_tokens
-        return make_sparse_input(sparsity, mask, batch, length, device, chosen=chosen, num_extra=num_extra)
-
-    def _causal_input(self, attention_mask, document_positions, batch, cache_position, past, keys) -> CausalInput:
-        is_known = document_positions is not None and not torch.compiler.is_compiling()
-        if is_known and masks.document_starts(document_positions).any():
-            raise ValueError(
-                "position_ids start anew within a row, as those of packed documents do. Give each document a row of "
-                "its own, or use attention_type='original_full'."
-            )
-        return make_causal_input(
-            Sparsity.from_config(self.config), attention_mask, batch=batch, places=cache_position, past=past, keys=keys
-        )
-
-    def _full_mask(
-        self, attention_mask, document_positions, hidden_states, cache_position, past, keys
-    ) -> Tensor | None:
-        batch = hidden_states.shape[0]
-        if document_positions is not None:
-            attention_mask = masks.same_document_mask(document_positions.expand(batch, -1))
-        num_extra = self.config.num_extra_global_tokens
-        if num_extra:
-            attention_mask = masks.with_extra_tokens(attention_mask, num_extra)
-            cache_position = torch.arange(cache_position.shape[0] + num_extra, device=cache_position.device)
-            keys += num_extra
-        return masks.full_attention_mask(
-            attention_mask,
-            batch=batch,
-            heads=self.config.num_attention_heads,
-            query_positions=cache_position,
-            past=past,
-            keys=keys,
-            is_causal=self.config.is_decoder,
-            dtype=masks.compute_dtype(hidden_states),
-            implementation=self.config._attn_implementation,
-        )
-
-    def _cross_attention_mask(self, mask, encoder_hidden_states, hidden_states) -> Tensor | None:
+    def _encoder_plan(self, mask, encoder_hidden_states, tokens: Tokens) -> FullPart | None:
+        """How cross-attention reads."""
         if encoder_hidden_states is None:
             return None
         if not self.config.add_cross_attention:
             raise ValueError("encoder_hidden_states needs a model with cross-attention: add_cross_attention=True.")
-        return masks.cross_attention_mask(
+        name = full_implementation(self.config)
+        mask = masks.cross_attention_mask(
             mask,
-            batch=hidden_states.shape[0],
+            batch=tokens.batch,
             heads=self.config.num_attention_heads,
-            queries=hidden_states.shape[1],
+            queries=tokens.length,
             keys=encoder_hidden_states.shape[1],
-            dtype=masks.compute_dtype(hidden_states),
-            implementation=self.config._attn_implementation,
+            dtype=tokens.dtype,
+            implementation=name,
         )
+        return FullPart(mask=mask, implementation=name)
 
     def _head_masks(self, head_mask) -> list[Tensor | None]:
         """The factors of each layer's heads."""

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 
 from ._compat import CACHE
-from .attention import masks
+from .attention.common import is_tracing
 from .modeling_big_bird import (
     BigBirdIntermediate,
     BigBirdModel,
@@ -78,7 +78,7 @@ def counts_padding(labels: Tensor | None, attention_mask: Tensor | None, config)
     read as they are alone: padding is no part of them.)"""
     if labels is None or attention_mask is None or labels.shape != attention_mask.shape or config.pattern_per_document:
         return False
-    return masks.is_tracing() or bool(((labels != IGNORED_LABEL) & (attention_mask == 0)).any())
+    return is_tracing() or bool(((labels != IGNORED_LABEL) & (attention_mask == 0)).any())
 
 
 def starts_with_padding(attention_mask: Tensor | None, config) -> bool:
@@ -86,7 +86,7 @@ def starts_with_padding(attention_mask: Tensor | None, config) -> bool:
     alone: the first real token is first then.)"""
     if attention_mask is None or attention_mask.dim() != 2 or config.pattern_per_document:
         return False
-    return masks.is_tracing() or bool((attention_mask[:, 0] == 0).any())
+    return is_tracing() or bool((attention_mask[:, 0] == 0).any())
 
 
 def classifier_dropout(config) -> nn.Dropout:
@@ -329,7 +329,7 @@ class BigBirdForMaskedLM(_LanguageModel):
             computes_padding=counts_padding(labels, attention_mask, self.config),
         )
         hidden_states = outputs.last_hidden_state
-        if labels is not None and self.config.sparse_prediction and not masks.is_tracing():
+        if labels is not None and self.config.sparse_prediction and not is_tracing():
             counts = labels != IGNORED_LABEL
             hidden_states, labels = hidden_states[counts], labels[counts]
         logits = self.cls(hidden_states)

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .attention.masks import is_tracing
-from .memory import pieces_at_once, runs
+from .attention.common import is_tracing, pieces_at_once, runs
 
 
 def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Module]) -> Tensor:

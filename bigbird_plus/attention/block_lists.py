@@ -1,120 +1,112 @@
-"""The blocks that each block reads, and those that it is read by, as lists for kernels to walk over."""
+"""The blocks that some rows of a pattern read, as indices: to gather them, and to add gradients back."""
 
-from functools import lru_cache
+import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .pattern import BlockPattern, CausalPattern
+from .common import additive_mask, is_tracing
+from .global_tokens import GlobalTokens
+from .pattern import BlockPattern
 from .random_blocks import NO_BLOCK
 
 
-class BlockLists(NamedTuple):
-    """For each block those that it reads, or those that it is read by, in ascending order.
+def blocks_of(tensor: Tensor, pattern: BlockPattern) -> Tensor:
+    """`[batch, tokens, ...]` as `[batch, blocks, block, ...]`, without the extra tokens: a view, of which blocks, runs
+    of blocks and windows of blocks are views."""
+    num_blocks, block_size = pattern.num_blocks, pattern.block_size
+    return tensor[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
 
-    rows: `int32`: the blocks in the order in which programs take them. Each of the first `num_long`, whose lists have
-        all blocks, stands there `segments` times, once for each part of its list.
-    num_long, segments: see there.
-    starts: `int32`, `[heads or 1, blocks + 1]`: where the list of each block begins in the next two, and ends.
-    blocks: `int32`: all lists, one after another.
-    gains: `float32`: for each of them the logarithm, to base 2, of how many times it is read.
+
+class BlockLists(NamedTuple):
+    """What some rows read, as indices into the blocks of a document.
+
+    blocks: `int64` tensor `[rows, heads or 1, blocks]`.
+    bias: `[rows, heads or 1, blocks]`: the logarithm of how many times a block is read, the least finite number where
+        the place is empty; `None` where it would be zero throughout.
     """
 
-    rows: Tensor
-    num_long: int
-    segments: int
-    starts: Tensor
     blocks: Tensor
-    gains: Tensor
+    bias: Tensor | None
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the input."""
-        return self.starts.shape[1] - 1
+    def gather(self, tensor: Tensor) -> Tensor:
+        """From `[batch, blocks, block, heads, dim]` the blocks of each row: `[batch * rows, heads, keys, dim]`."""
+        batch, num_blocks, block, heads, dim = tensor.shape
+        rows, _, count = self.blocks.shape
+        if self.blocks.shape[1] == 1:
+            return join(tensor[:, self.blocks[:, 0]].flatten(2, 3), 0).transpose(1, 2)
+        vectors = _reshape(tensor, batch * num_blocks * block * heads, dim)
+        vectors = vectors.index_select(0, self._places(tensor).reshape(-1))
+        return _reshape(vectors, batch * rows, heads, count * block, dim)
 
-    @property
-    def num_shared(self) -> int:
-        """How many of the `rows` are parts of long lists."""
-        return self.num_long * self.segments if self.segments > 1 else 0
+    def scatter_add(self, grad: Tensor, target: Tensor) -> None:
+        """The transpose of `gather`: adds `[batch * rows, heads, keys, dim]` to the blocks of `target` they are of."""
+        batch, _, block, heads, dim = target.shape
+        if self.blocks.shape[1] == 1:
+            target.index_add_(1, self.blocks.flatten(), grad.transpose(1, 2).reshape(batch, -1, block, heads, dim))
+            return
+        places = self._places(target[:1]).flatten()
+        for document, part in zip(target, grad.unflatten(0, (batch, -1)), strict=True):
+            document.view(-1, dim).index_add_(0, places, part.reshape(-1, dim))
 
+    def _places(self, tensor: Tensor) -> Tensor:
+        """`int64`, `[batch, rows, heads, blocks, block]`: where the vectors are that the heads read, among all."""
+        batch, num_blocks, block, heads, _ = tensor.shape
+        document, token, head = (torch.arange(size, device=tensor.device) for size in (batch, block, heads))
+        blocks = document[:, None, None, None] * num_blocks + self.blocks
+        return (blocks[..., None] * block + token) * heads + head[:, None, None]
 
-@lru_cache(maxsize=256)
-def make_lists(
-    pattern: BlockPattern | CausalPattern, segments: int, device: torch.device
-) -> tuple[BlockLists, BlockLists]:
-    """What blocks read, and what they are read by. Made once for a pattern, as long as a bounded cache holds it."""
-    head, row, block, count = _count_readings(pattern)
-    how = {"pattern": pattern, "segments": segments, "device": device}
-    return _as_lists(head, row, block, count, **how), _as_lists(head, block, row, count, **how)
-
-
-def _count_readings(pattern: BlockPattern | CausalPattern) -> tuple[np.ndarray, ...]:
-    """What is not zero in `pattern.counts`: head, block that reads, block that is read, how many times; without an
-    array of all pairs of blocks, for long documents have many."""
-    num_blocks = pattern.num_blocks
-    rows, structured = _structured_readings(pattern)
-    once = np.unique(rows * num_blocks + structured)
-    random = pattern.random_blocks
-    heads = np.arange(1 if random is None else len(random))
-    readings = [np.add.outer(heads * num_blocks**2, once).ravel()]
-    if random is not None:
-        first, last = _sparse_rows(pattern)
-        blocks = random[:, first:last]
-        own = (heads[:, None, None] * num_blocks + np.arange(first, last)[:, None]) * num_blocks + blocks
-        readings.append(own[blocks != NO_BLOCK])
-    readings, counts = np.unique(np.concatenate(readings), return_counts=True)
-    head, row, block = np.unravel_index(readings, (len(heads), num_blocks, num_blocks))
-    reads_all = np.isin(row, _global_blocks(pattern))
-    counts[reads_all] = 1
-    counts[~reads_all & (block == 0)] += pattern.first_block_extra
-    return head, row, block, counts
+    def key_bias(self, mask_bias: Tensor | None, pattern: BlockPattern) -> Tensor | None:
+        """What is added to the scores of the gathered keys, broadcastable to `[batch, rows, heads, queries, keys]`."""
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.repeat_interleave(pattern.block_size, dim=-1)[None, :, :, None]
+        if mask_bias is not None:
+            masked = blocks_of(mask_bias, pattern)[:, self.blocks].flatten(3, 4)[:, :, :, None]
+            bias = masked if bias is None else (bias + masked).clamp(min=torch.finfo(bias.dtype).min)
+        return bias
 
 
-def _structured_readings(pattern: BlockPattern | CausalPattern) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, and the blocks that each reads beside its random ones, some of them several times."""
-    first, last = _sparse_rows(pattern)
-    every = np.arange(pattern.num_blocks)
-    global_blocks = np.array(_global_blocks(pattern), dtype=np.int64)
-    lists = pattern.structured_lists(first, last).numpy()
-    lists = np.concatenate((lists, np.tile(global_blocks, (len(lists), 1))), axis=1)
-    row, place = np.nonzero(lists != NO_BLOCK)
-    if isinstance(pattern, CausalPattern):
-        full_row, full_block = np.nonzero(np.tri(first, dtype=bool))
-    else:
-        full_row, full_block = np.repeat(global_blocks, len(every)), np.tile(every, len(global_blocks))
-    return np.concatenate((row + first, full_row)), np.concatenate((lists[row, place], full_block))
+def list_blocks(
+    pattern: BlockPattern, first: int, last: int, device, dtype: torch.dtype, *, structured: bool = True
+) -> BlockLists:
+    """`pattern.lists`, to gather them."""
+    lists = pattern.lists(first, last, structured=structured)
+    empty = lists == NO_BLOCK
+    bias = additive_mask(~empty, dtype)
+    if structured and pattern.first_block_extra:
+        bias[..., 0] = math.log1p(pattern.first_block_extra)
+    is_needed = is_tracing() or bias.any()
+    return BlockLists(lists.masked_fill(empty, 0).to(device), bias.to(device) if is_needed else None)
 
 
-def _global_blocks(pattern: BlockPattern | CausalPattern) -> list[int]:
-    """The blocks that read all others and are read by them; a decoder has none."""
-    return [] if isinstance(pattern, CausalPattern) else pattern.global_blocks
+def unread_bias(
+    pattern: BlockPattern, first: int, last: int, tokens: GlobalTokens, mask_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What the rows from `first` to `last` add to the scores of the global tokens, `[batch, rows, heads or 1,
+    tokens]`: 0 for those that they would not read otherwise, the least finite number for others and for padding."""
+    block = (tokens.places // pattern.block_size)[:, None, None]
+    lists = pattern.lists(first, last).to(block.device)
+    unread = torch.ones_like(block, dtype=torch.bool)
+    for listed in lists.unbind(-1):
+        unread = unread & (block != listed[None, :, :, None])
+    if tokens.is_token is not None:
+        unread = unread & tokens.is_token[:, None, None]
+    bias = additive_mask(unread, dtype)
+    return bias if mask_bias is None else torch.minimum(bias, tokens.take(mask_bias)[:, None, None])
 
 
-def _sparse_rows(pattern: BlockPattern | CausalPattern) -> tuple[int, int]:
-    """The first of the blocks that have a list, and the end of them."""
-    if isinstance(pattern, CausalPattern):
-        return pattern.first_sparse_row, pattern.num_blocks
-    return pattern.first_row, max(pattern.last_row, pattern.first_row)
+def join(tensor: Tensor, dim: int) -> Tensor:
+    """`tensor` with a dimension and the next one as one."""
+    first, second = tensor.shape[dim : dim + 2]
+    return _reshape(tensor, *tensor.shape[:dim], first * second, *tensor.shape[dim + 2 :], leading=dim + 1)
 
 
-def _as_lists(head, row, block, count, *, pattern, segments, device) -> BlockLists:
-    order = np.lexsort((block, row, head))
-    shape = (head.max() + 1, pattern.num_blocks)
-    ends = np.cumsum(np.bincount(head * shape[1] + row, minlength=shape[0] * shape[1])).reshape(shape)
-    starts = np.concatenate((np.append(0, ends[:-1, -1])[:, None], ends), axis=1)
-    long_rows = _global_blocks(pattern)
-    others = np.setdiff1d(np.arange(shape[1]), long_rows)
-    return BlockLists(
-        rows=_to_device(np.concatenate((np.repeat(long_rows, segments), others)), np.int32, device),
-        num_long=len(long_rows),
-        segments=segments,
-        starts=_to_device(starts, np.int32, device),
-        blocks=_to_device(block[order], np.int32, device),
-        gains=_to_device(np.log2(count[order]), np.float32, device),
-    )
-
-
-def _to_device(array: np.ndarray, dtype, device) -> Tensor:
-    return torch.from_numpy(array.astype(dtype)).to(device)
+def _reshape(tensor: Tensor, *shape: int, leading: int = 1) -> Tensor:
+    """`tensor.reshape(shape)`. While a graph is traced, by way of a vector, and of a matrix whose rows are so many
+    `leading` dimensions: to join dimensions of sizes `m` and `b` directly, torch asks whether `m % (m b)` is 0, to
+    which it knows no answer for a free length."""
+    if not is_tracing():
+        return tensor.reshape(shape)
+    return tensor.reshape(-1).view(math.prod(shape[:leading]), math.prod(shape[leading:])).view(shape)

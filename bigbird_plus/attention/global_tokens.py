@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .masks import is_tracing
+from .common import is_tracing
+from .pattern import BlockPattern
 
 
 class GlobalTokens(NamedTuple):
@@ -54,8 +55,6 @@ class GlobalTokens(NamedTuple):
 
     def with_blocks(self, blocks: tuple[int, ...], block_size: int) -> "GlobalTokens":
         """These and all tokens of some blocks."""
-        if not blocks:
-            return self
         batch, device = self.places.shape[0], self.places.device
         blocks = torch.tensor(blocks, device=device)
         more = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).flatten().expand(batch, -1)
@@ -68,9 +67,13 @@ class GlobalTokens(NamedTuple):
         return torch.arange(self.places.shape[0], device=self.places.device)[:, None]
 
 
-def no_global_tokens(batch: int, device) -> GlobalTokens:
-    """None at all."""
-    return GlobalTokens(torch.empty(batch, 0, dtype=torch.int64, device=device), None, 0)
+def with_middle_blocks(tokens: GlobalTokens | None, pattern: BlockPattern, batch: int, device) -> GlobalTokens | None:
+    """The global tokens, those of the pattern's `middle_blocks` among them; None if there are none."""
+    if not pattern.middle_blocks:
+        return tokens
+    if tokens is None:
+        tokens = GlobalTokens(torch.empty(batch, 0, dtype=torch.int64, device=device), None, 0)
+    return tokens.with_blocks(pattern.middle_blocks, pattern.block_size)
 
 
 def find_global_tokens(chosen: Tensor | None, num_extra: int, batch: int, length: int, device) -> GlobalTokens | None:

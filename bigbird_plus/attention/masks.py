@@ -1,24 +1,11 @@
 """Masks of full attention, from what users pass to what attention functions add to their scores."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether a graph is being made that is to leave the process, by `torch.export` or `torch.onnx.export`. (torch 2.6
-does not tell.)"""
-
-
-def is_tracing() -> bool:
-    """Whether a graph is being made of what happens: by `torch.compile`, `torch.export`, `torch.jit.trace` or CUDA."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # torch.compile fails at that
-
-
-def may_read_values(tensor: Tensor) -> bool:
-    """Whether Python may look at a tensor's values: not while a graph is traced, and not where it would wait for a
-    device."""
-    return tensor.device.type == "cpu" and not is_tracing()
+from .common import additive_mask, causal_mask, may_read_values
 
 
 def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -63,39 +50,48 @@ def with_extra_tokens(attention_mask: Tensor | None, count: int) -> Tensor | Non
     return torch.nn.functional.pad(attention_mask, (0, count, *more_queries), value=read)
 
 
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where `mask` is True, the least finite number elsewhere, so that a row with nothing
-    to read stays finite."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+class FullMask(NamedTuple):
+    """What full attention has to know of its keys.
+
+    added: what is added to the scores, broadcastable to `[batch, heads, queries, keys]`; `[batch, keys]` for the flash
+        attention of other packages; None where the attention function needs no telling.
+    reads_nothing: `bool`, broadcastable to `[batch, heads, queries, 1]`: queries to which every key is hidden; None
+        where there are known to be none.
+    """
+
+    added: Tensor | None = None
+    reads_nothing: Tensor | None = None
 
 
-def compute_dtype(hidden_states: Tensor) -> torch.dtype:
-    """The dtype of queries and keys made of these states: another one under autocast."""
-    device = hidden_states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+NO_MASK = FullMask()
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of queries and keys made of states of a dtype: another one under autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 def full_attention_mask(
     attention_mask: Tensor | None,
     *,
-    batch: int,
     heads: int,
     query_positions: Tensor,
     past: int | Tensor,
     keys: int,
+    batch: int,
     is_causal: bool,
     dtype: torch.dtype,
     implementation: str,
-) -> Tensor | None:
-    """What full self-attention adds to its scores, or None where the attention function needs no telling.
+) -> FullMask:
+    """The mask of full self-attention.
 
     Args:
         attention_mask: the user's, see `expand_mask`.
-        batch: sequences.
         heads: attention heads.
         query_positions: `int64`, `[queries]`: places of the queries among the keys.
         past: number of tokens that a cache already holds.
         keys: number of keys, free places of a static cache included.
+        batch: sequences.
         is_causal: whether later keys are hidden. A 4-D mask is taken to say so itself.
         dtype: the queries'.
         implementation: name of the attention function.
@@ -109,13 +105,13 @@ def full_attention_mask(
         attention_mask = attention_mask != 0
         if may_read_values(attention_mask) and attention_mask.all():
             attention_mask = None
-    if _passes_masks_unexpanded(implementation):
-        return _unexpanded(attention_mask, keys)
+    if passes_masks_unexpanded(implementation):
+        return FullMask(_unexpanded(attention_mask, keys))
     if attention_mask is None:
         from_start = isinstance(past, int) and past == 0 and keys == queries and _is_causal_itself(implementation)
         last_only = isinstance(past, int) and queries == 1 and keys == past + 1
         if not is_causal or from_start or last_only:
-            return None
+            return NO_MASK
         expanded = causal_mask(query_positions, keys)[None, None]
     else:
         expanded = expand_mask(attention_mask, batch, heads, queries, keys, may_end_elsewhere=is_causal)
@@ -133,40 +129,55 @@ def cross_attention_mask(
     keys: int,
     dtype: torch.dtype,
     implementation: str,
-) -> Tensor | None:
-    """What attention to an encoder's states adds to its scores, or None; arguments as in `full_attention_mask`."""
+) -> FullMask:
+    """The mask of attention to an encoder's states; arguments as in `full_attention_mask`."""
     name = "encoder_attention_mask"
     if attention_mask is None:
-        return None
+        return NO_MASK
     if attention_mask.dim() == 2 and attention_mask.shape[-1] != keys:
         raise ValueError(f"{name} is for {attention_mask.shape[-1]} tokens, but encoder_hidden_states has {keys}.")
     if may_read_values(attention_mask) and attention_mask.dim() == 2 and (attention_mask != 0).all():
-        return None
-    if _passes_masks_unexpanded(implementation):
-        return _unexpanded(attention_mask, keys)
+        return NO_MASK
+    if passes_masks_unexpanded(implementation):
+        return FullMask(_unexpanded(attention_mask, keys))
     expanded = expand_mask(attention_mask, batch, heads, queries, keys, name)
     return _to_be_added(expanded, dtype, implementation, (batch, 1, queries, keys))
 
 
-def _to_be_added(expanded, dtype, implementation, shape):
+def key_mask_of(key_mask: Tensor, dtype: torch.dtype, implementation: str) -> FullMask:
+    """The mask of full attention that hides padding alone; `key_mask` is `bool`, `[batch, keys]`."""
+    if passes_masks_unexpanded(implementation):
+        return FullMask(key_mask)
+    name = "eager" if implementation == "eager" else "sdpa"
+    return _to_be_added(key_mask[:, None, None], dtype, name, None)
+
+
+def _to_be_added(expanded, dtype, implementation, shape) -> FullMask:
     """Numbers stay as they are, but finite. Only eager and sdpa attention take what is broadcastable to `shape`."""
+    if implementation == "eager":
+        dtype = torch.promote_types(dtype, torch.float32)  # that of its scores
+    least = torch.finfo(dtype).min
     if expanded.is_floating_point():
-        added = expanded.clamp(min=torch.finfo(dtype).min).to(dtype)
+        added = expanded.clamp(min=least).to(dtype)
+        hidden = added == least
     else:
-        added = additive_mask(expanded, dtype)
+        added, hidden = additive_mask(expanded, dtype), ~expanded
+    reads_nothing = hidden.all(dim=-1, keepdim=True)
+    if may_read_values(reads_nothing) and not reads_nothing.any():
+        reads_nothing = None
     if implementation in ("eager", "sdpa"):
-        return added
+        return FullMask(added, reads_nothing)
     if added.shape[1] != 1:
         raise ValueError(
             f"A mask for each head needs attn_implementation='sdpa' or 'eager', but it is {implementation!r}: give "
             f"one of [batch, 1, queries, keys], not {list(added.shape)}."
         )
-    return added.expand(shape)
+    return FullMask(added.expand(shape), reads_nothing)
 
 
 def _is_causal_itself(implementation: str) -> bool:
     """Whether the attention function hides later keys if it gets no mask: it looks at the module's `is_causal`."""
-    return implementation == "sdpa" or _passes_masks_unexpanded(implementation)
+    return implementation == "sdpa" or passes_masks_unexpanded(implementation)
 
 
 def decoder_key_mask(
@@ -217,12 +228,7 @@ def _keys_of_causal_mask(attention_mask, batch, query_positions, keys):
     return mask
 
 
-def key_mask_bias(key_mask: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
-    """What full attention adds to its scores for the sake of padding alone; `key_mask` is `bool`, `[batch, keys]`."""
-    return key_mask if _passes_masks_unexpanded(implementation) else additive_mask(key_mask[:, None, None], dtype)
-
-
-def _passes_masks_unexpanded(implementation: str) -> bool:
+def passes_masks_unexpanded(implementation: str) -> bool:
     """Whether the attention function is one of the flash attention packages, which take `[batch, keys]`."""
     return implementation.startswith("flash_attention")
 
@@ -250,28 +256,6 @@ def _check_covers_keys(attention_mask, batch, past, queries, is_causal):
         + (f" ({past} tokens are in the cache)" if past else "")
         + f", but has {list(attention_mask.shape)}."
     )
-
-
-def causal_mask(query_positions: Tensor, key_length: int) -> Tensor:
-    """`bool`, `[queries, keys]`: whether a query at a position of the sequence may read a key."""
-    keys = torch.arange(key_length, device=query_positions.device)
-    return keys <= query_positions[:, None]
-
-
-def document_starts(position_ids: Tensor) -> Tensor:
-    """`bool`, `[batch, length]`: where in a row another document starts, when several are packed into it: wherever the
-    positions do not go on by one."""
-    return torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-
-
-def same_document_mask(position_ids: Tensor) -> Tensor | None:
-    """`bool`, `[batch, length, length]`: whether two tokens belong together where several documents are packed into
-    one row. None if none are known to be."""
-    starts = document_starts(position_ids)
-    if may_read_values(starts) and not starts.any():
-        return None
-    document = starts.cumsum(-1)
-    return document[:, :, None] == document[:, None]
 
 
 def expand_mask(

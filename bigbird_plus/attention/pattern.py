@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .masks import is_exporting
+from .common import count_blocks, is_exporting
 from .random_blocks import NO_BLOCK, CausalPlan, draw_random_blocks, draw_uniform_blocks
 
 KINDS_OF_READING = {
@@ -25,12 +25,6 @@ def check_whole_number(name: str, value, least: int) -> None:
     """Raises a `ValueError` that names the field unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
-
-
-def count_blocks(length: int, block_size: int) -> int:
-    """Blocks that so many tokens fill, the last one perhaps in part. (Not `-(-length // block_size)`: divisions round
-    towards zero in ONNX.)"""
-    return (length + block_size - 1) // block_size
 
 
 @dataclass(frozen=True)
@@ -121,15 +115,15 @@ class Sparsity:
             plan = _plans_of_all_lengths(*self._for_operators(), layer_idx)[num_blocks].long()
             random_blocks = plan.index_select(1, torch.arange(num_blocks))
         else:
-            random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx)
+            random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx, False)
         return replace(self.structure(num_blocks), random_blocks=random_blocks)
 
     def structure(self, num_blocks: int) -> "BlockPattern":
         """The pattern's global blocks and its window, without anything in the place of random blocks."""
-        half_window = self.num_sliding_window_blocks // 2
+        shape = {"num_blocks": num_blocks, "block_size": self.block_size, "window": self.num_sliding_window_blocks}
         if self.global_block_indices is None:
             num_leading = (self.num_global_blocks + 1) // 2
-            return BlockPattern(num_blocks, num_leading, self.num_global_blocks - num_leading, half_window)
+            return BlockPattern(**shape, num_leading=num_leading, num_trailing=self.num_global_blocks - num_leading)
         chosen = _blocks_at(self.global_block_indices, num_blocks)
         num_leading = num_trailing = 0
         while num_leading in chosen:
@@ -137,9 +131,9 @@ class Sparsity:
         while num_leading + num_trailing < len(chosen) and num_blocks - 1 - num_trailing in chosen:
             num_trailing += 1
         middle = tuple(block for block in chosen if num_leading <= block < num_blocks - num_trailing)
-        return BlockPattern(num_blocks, num_leading, num_trailing, half_window, middle)
+        return BlockPattern(**shape, num_leading=num_leading, num_trailing=num_trailing, middle_blocks=middle)
 
-    def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "CausalPattern":
+    def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "BlockPattern":
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
         if not self.num_random_blocks:
             random_blocks = None
@@ -147,15 +141,17 @@ class Sparsity:
             plan = _longest_causal_plan(*self._for_operators(), layer_idx)
             random_blocks = plan.index_select(1, torch.arange(num_blocks))
         elif torch.compiler.is_compiling():
-            random_blocks = torch.ops.bigbird_plus.causal_random_blocks(*self._for_operators(), num_blocks, layer_idx)
+            random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx, True)
         else:
             random_blocks = _causal_plan(self, layer_idx).blocks(num_blocks)
-        return CausalPattern(
+        return BlockPattern(
             num_blocks=num_blocks,
-            num_full=self.full_attention_length // self.block_size,
-            num_leading=(self.num_global_blocks + 1) // 2,
+            block_size=self.block_size,
             window=self.num_sliding_window_blocks,
+            num_leading=(self.num_global_blocks + 1) // 2,
+            num_full=self.full_attention_length // self.block_size,
             random_blocks=random_blocks,
+            is_causal=True,
         )
 
     def _for_operators(self) -> tuple[list[int], list[int] | None]:
@@ -174,46 +170,73 @@ def _blocks_at(indices: tuple[int, ...], num_blocks: int) -> list[int]:
     return blocks
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BlockPattern:
     """How many times each block of an input reads each other block. A key that is read c times stands c times in the
     softmax: its scores get `+ log(c)`.
 
-    A global block reads every block once. Any other block reads, once each, the global blocks and the blocks of its
-    window, then its random blocks (once more where they are among those already read), and block 0 `first_block_extra`
-    more times.
+    In an encoder, a global block reads every block once. Any other block reads, once each, the global blocks and the
+    blocks of its window, then its random blocks (once more where they are among those already read), and block 0
+    `first_block_extra` more times.
+
+    In a decoder (`is_causal`), blocks are counted from the first real token. The first `num_full` blocks read
+    everything up to themselves. Any later one reads the leading blocks, the window that ends with itself, and its
+    random blocks, none of them twice. In its own block, a token reads what stands before it, and itself.
 
     Attributes:
         num_blocks: blocks of the input.
-        num_leading, num_trailing: global blocks at its beginning and at its end.
-        half_window: blocks of the window on either side of a block.
+        block_size: tokens in a block.
+        window: blocks of a whole window.
+        num_leading, num_trailing: global blocks at the beginning and at the end of the input.
         middle_blocks: further global blocks, between those.
         first_block_extra: additional readings of block 0, see `BigBirdConfig.eval_random_blocks`.
+        num_full: of a decoder, blocks at its beginning that read everything up to themselves.
         random_blocks: `int64` array `[heads or 1, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a
-            tensor while a graph is traced.
+            tensor while a graph is traced. Of rows that read everything it says nothing.
+        is_causal: whether this is a decoder's.
     """
 
     num_blocks: int
+    block_size: int
+    window: int
     num_leading: int
-    num_trailing: int
-    half_window: int
+    num_trailing: int = 0
     middle_blocks: tuple[int, ...] = ()
     first_block_extra: int = 0
+    num_full: int = 0
     random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
+    is_causal: bool = False
+
+    @property
+    def before(self) -> int:
+        """Blocks of the window before a block."""
+        return self.window - 1 if self.is_causal else self.window // 2
+
+    @property
+    def after(self) -> int:
+        """Blocks of the window behind a block."""
+        return 0 if self.is_causal else self.window // 2
 
     @property
     def global_blocks(self) -> list[int]:
-        """Blocks that read everything and are read by all."""
+        """Blocks that are read by all; in an encoder they read everything, too."""
         return [*self.outer_blocks, *self.middle_blocks]
 
     @property
     def outer_blocks(self) -> list[int]:
         """The global blocks at the beginning and at the end."""
-        return [*range(self.num_leading), *range(self.last_row, self.num_blocks)]
+        return [*range(self.num_leading), *range(self.num_blocks - self.num_trailing, self.num_blocks)]
+
+    @property
+    def full_rows(self) -> list[int]:
+        """Blocks that read everything, in a decoder everything up to themselves."""
+        return [*range(self.first_row)] if self.is_causal else self.global_blocks
 
     @property
     def first_row(self) -> int:
-        """The first block behind the global ones at the beginning."""
+        """The first block behind those at the beginning that read everything."""
+        if self.is_causal:
+            return self.num_full if self.num_full < self.num_blocks else self.num_blocks  # `min` would be traced
         return self.num_leading
 
     @property
@@ -222,14 +245,12 @@ class BlockPattern:
         return self.num_blocks - self.num_trailing
 
     @property
-    def window(self) -> int:
-        """Blocks of a whole window."""
-        return 2 * self.half_window + 1
-
-    @property
     def inner_rows(self) -> range:
-        """The blocks whose whole window lies between the outer blocks."""
-        return range(self.first_row + self.half_window, max(self.last_row, self.first_row) - self.half_window)
+        """The blocks whose whole window lies between the outer blocks. In a decoder all those behind the full ones."""
+        if self.is_causal:
+            return range(self.first_row, self.num_blocks)
+        first = self.first_row + self.before
+        return range(first, max(first, self.last_row - self.after))
 
     def for_heads(self, heads) -> "BlockPattern":
         """The pattern of some of the heads: what is left after others were pruned."""
@@ -238,18 +259,19 @@ class BlockPattern:
         return replace(self, random_blocks=self.random_blocks[list(heads)])
 
     def cut(self, first: int, last: int) -> "BlockPattern":
-        """The blocks from `first` to `last` as they read each other: what is left where all others are padding."""
+        """The blocks of an encoder from `first` to `last` as they read each other: what is left where all others are
+        padding."""
         if last - first == self.num_blocks:
             return self
         random_blocks = self.random_blocks
         if random_blocks is not None:
             random_blocks = random_blocks[:, first:last] - first
             random_blocks = np.where((random_blocks >= 0) & (random_blocks < last - first), random_blocks, NO_BLOCK)
-        return BlockPattern(
+        return replace(
+            self,
             num_blocks=last - first,
             num_leading=min(max(self.num_leading - first, 0), last - first),
             num_trailing=min(max(last - self.last_row, 0), last - first),
-            half_window=self.half_window,
             middle_blocks=tuple(block - first for block in self.middle_blocks if first <= block < last),
             first_block_extra=self.first_block_extra if first == 0 else 0,
             random_blocks=random_blocks,
@@ -260,15 +282,50 @@ class BlockPattern:
         """`int64` array `[heads or 1, num_blocks, num_blocks]`: how many times block i reads block j."""
         heads = 1 if self.random_blocks is None else len(self.random_blocks)
         counts = np.zeros((heads, self.num_blocks, self.num_blocks), dtype=np.int64)
-        block = np.arange(self.num_blocks)
-        counts[:, abs(block[:, None] - block) <= self.half_window] = 1
-        counts[:, :, self.global_blocks] = 1
+        counts[:, self._is_in_window()] = 1
+        counts[:, :, [block for block in self.global_blocks if block < self.num_blocks]] = 1
         counts[:, :, 0] += self.first_block_extra
         if self.random_blocks is not None:
             head, row, slot = np.nonzero(self.random_blocks != NO_BLOCK)
             np.add.at(counts, (head, row, self.random_blocks[head, row, slot]), 1)
-        counts[:, self.global_blocks] = 1
-        return counts
+        counts[:, self.full_rows] = 1
+        return counts * np.tri(self.num_blocks, dtype=np.int64) if self.is_causal else counts
+
+    def lists(self, first: int, last: int, *, structured: bool = True) -> Tensor:
+        """The blocks that the rows from `first` to `last` read: the outer ones, those of the window, and the random
+        ones, each as often as it is read but for `first_block_extra`; `middle_blocks` are a matter of the engines.
+        Written for tensors, so that a graph can be traced that serves any number of blocks.
+
+        Args:
+            first, last: no blocks that read everything among them.
+            structured: False for the random blocks alone; there must be some then.
+
+        Returns:
+            `int64` tensor `[rows, heads or 1, blocks]`, with `NO_BLOCK` in empty places. If `structured`, the first
+            column is block 0 wherever `first_block_extra` is not 0, and the window of a decoder's row ends with
+            itself.
+        """
+        random = None
+        if self.random_blocks is not None:
+            random = torch.as_tensor(self.random_blocks)[:, first:last].transpose(0, 1)
+        if not structured:
+            return random
+        lists = self._structured_lists(first, last)[:, None]
+        if random is not None:
+            lists = torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=2)
+        return lists
+
+    def _structured_lists(self, first, last):
+        window = torch.arange(first, last)[:, None] + torch.arange(-self.before, self.after + 1)
+        window = window.masked_fill((window < self.num_leading) | (window >= self.last_row), NO_BLOCK)
+        outer = torch.cat((torch.arange(self.num_leading), torch.arange(self.last_row, self.num_blocks)))
+        return torch.cat((outer.expand(window.shape[0], -1), window), dim=1)
+
+    def _is_in_window(self) -> np.ndarray:
+        """`bool`, `[num_blocks, num_blocks]`."""
+        block = np.arange(self.num_blocks)
+        distance = block[:, None] - block
+        return (distance <= self.before) & (distance >= -self.after)
 
     def kinds(self, head: int = 0) -> np.ndarray:
         """Why each block reads each other block in one head.
@@ -283,9 +340,8 @@ class BlockPattern:
         if len(counts) > 1 and not 0 <= head < len(counts):
             raise ValueError(f"head must be between 0 and {len(counts) - 1}, but is {head}.")
         none, random, window, global_, repeated = range(len(KINDS_OF_READING))
-        block = np.arange(self.num_blocks)
         kinds = np.where(counts[head if len(counts) > 1 else 0] > 0, random, none)
-        kinds[abs(block[:, None] - block) <= self.half_window] = window
+        kinds[self._is_in_window()] = window
         kinds[self.global_blocks] = global_
         kinds[:, self.global_blocks] = global_
         if self.first_block_extra:
@@ -320,20 +376,6 @@ class BlockPattern:
         ax.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(shown), frameon=False)
         return ax
 
-    def structured_lists(self, first: int, last: int) -> Tensor:
-        """The outer blocks and the window of each of the rows from `first` to `last`, none of which is an outer one,
-        every block once; `middle_blocks` are a matter of the engines. Written for tensors, so that a graph can be
-        traced that serves any number of blocks.
-
-        Returns:
-            `int64` tensor `[rows, outer + window]`, with `NO_BLOCK` where the window leaves the input or meets an
-            outer block. The first column is block 0 wherever `first_block_extra` is not 0.
-        """
-        window = torch.arange(first, last)[:, None] + torch.arange(-self.half_window, self.half_window + 1)
-        window = window.masked_fill((window < self.first_row) | (window >= self.last_row), NO_BLOCK)
-        global_blocks = torch.cat((torch.arange(self.num_leading), torch.arange(self.last_row, self.num_blocks)))
-        return torch.cat((global_blocks.expand(window.shape[0], -1), window), dim=1)
-
 
 @lru_cache(maxsize=256)
 def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) -> BlockPattern:
@@ -364,19 +406,23 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
 
 
 # torch 2.6 cannot make it of `list[int]`.
-_SCHEMA = "(SymInt[] settings, SymInt[]? indices, SymInt num_blocks, SymInt layer_idx) -> Tensor"
+_SCHEMA = "(SymInt[] settings, SymInt[]? indices, SymInt num_blocks, SymInt layer_idx, bool is_causal) -> Tensor"
 
 
 @torch.library.custom_op("bigbird_plus::random_blocks", mutates_args=(), schema=_SCHEMA)
-def _traced_random_blocks(settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int) -> Tensor:
+def _traced_random_blocks(
+    settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int, is_causal: bool
+) -> Tensor:
     """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
     generators do not allow. `settings` and `indices` are the fields of a `Sparsity`."""
-    pattern = _make_pattern(Sparsity(*settings, indices), num_blocks, layer_idx)
-    return torch.from_numpy(pattern.random_blocks.copy())
+    sparsity = Sparsity(*settings, indices)
+    if is_causal:
+        return torch.from_numpy(_causal_plan(sparsity, layer_idx).blocks(num_blocks).copy())
+    return torch.from_numpy(_make_pattern(sparsity, num_blocks, layer_idx).random_blocks.copy())
 
 
 @_traced_random_blocks.register_fake
-def _(settings, indices, num_blocks, layer_idx):
+def _(settings, indices, num_blocks, layer_idx, is_causal):
     sparsity = Sparsity(*settings, indices)
     return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)
 
@@ -398,76 +444,6 @@ def _plans_of_all_lengths(settings: list[int], indices: list[int] | None, layer_
     return torch.tensor(plans)
 
 
-@dataclass(frozen=True, eq=False)
-class CausalPattern:
-    """Which blocks each block of a decoder reads, none of them more than once.
-
-    Blocks are counted from the first real token. The first blocks read everything up to themselves. Any later one
-    reads the leading blocks, the window that ends with itself, and its random blocks. In its own block, a token reads
-    what stands before it, and itself.
-
-    Attributes:
-        num_blocks: blocks of the input.
-        num_full: blocks at its beginning that read everything up to themselves.
-        num_leading: blocks at its beginning that all read.
-        window: blocks of the window.
-        random_blocks: `int64` array `[heads or 1, num_blocks, random]`, or `None`; a tensor while a graph is traced.
-            Of the first `num_full` rows it says nothing.
-    """
-
-    num_blocks: int
-    num_full: int
-    num_leading: int
-    window: int
-    random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
-
-    first_block_extra = 0
-    middle_blocks = ()
-
-    @property
-    def first_sparse_row(self) -> int:
-        """The first block that does not read everything up to itself; the number of blocks if there is none."""
-        return self.num_full if self.num_full < self.num_blocks else self.num_blocks  # `min` would be traced
-
-    def for_heads(self, heads) -> "CausalPattern":
-        """The pattern of some of the heads: what is left after others were pruned."""
-        if self.random_blocks is None or len(self.random_blocks) in (1, len(heads)):
-            return self
-        return replace(self, random_blocks=self.random_blocks[list(heads)])
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """`int64` array `[heads or 1, num_blocks, num_blocks]`: 1 where block i reads block j, else 0."""
-        heads = 1 if self.random_blocks is None else len(self.random_blocks)
-        block = np.arange(self.num_blocks)
-        distance = block[:, None] - block
-        reads = (distance < self.window) | (block < self.num_leading) | (block[:, None] < self.num_full)
-        counts = np.repeat((reads & (distance >= 0))[None].astype(np.int64), heads, axis=0)
-        if self.random_blocks is not None:
-            rows = np.arange(self.first_sparse_row, self.num_blocks)
-            counts[np.arange(heads)[:, None, None], rows[:, None], self.random_blocks[:, rows]] = 1
-        return counts
-
-    def structured_lists(self, first: int, last: int) -> Tensor:
-        """The leading blocks and the window, its own block last, of each of the rows from `first` to `last`, all of
-        which are sparse.
-
-        Returns:
-            `int64` tensor `[rows, leading + window]`.
-        """
-        window = torch.arange(first, last)[:, None] + torch.arange(1 - self.window, 1)
-        return torch.cat((torch.arange(self.num_leading).expand(window.shape[0], -1), window), dim=1)
-
-    def lists(self, first: int, last: int) -> Tensor:
-        """All blocks that each of the rows from `first` to `last` reads, random ones last: `int64` tensor `[rows,
-        heads or 1, blocks]`."""
-        lists = self.structured_lists(first, last)[:, None]
-        if self.random_blocks is None:
-            return lists
-        random = torch.as_tensor(self.random_blocks)[:, first:last].transpose(0, 1)
-        return torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=2)
-
-
 @lru_cache(maxsize=256)
 def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
     return CausalPlan(
@@ -486,17 +462,3 @@ def _longest_causal_plan(settings: list[int], indices: list[int] | None, layer_i
     sparsity = Sparsity(*settings, indices)
     most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
     return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(most))
-
-
-@torch.library.custom_op("bigbird_plus::causal_random_blocks", mutates_args=(), schema=_SCHEMA)
-def _traced_causal_random_blocks(
-    settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int
-) -> Tensor:
-    """The same for decoders."""
-    return torch.from_numpy(_causal_plan(Sparsity(*settings, indices), layer_idx).blocks(num_blocks).copy())
-
-
-@_traced_causal_random_blocks.register_fake
-def _(settings, indices, num_blocks, layer_idx):
-    sparsity = Sparsity(*settings, indices)
-    return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)

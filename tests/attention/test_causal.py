@@ -1,6 +1,7 @@
 """Sparse attention of decoders: the pattern, and every way of computing it, against the definition token by token."""
 
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -10,8 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigbird_plus import Sparsity, memory
-from bigbird_plus.attention import causal, sdpa
+from bigbird_plus import Sparsity
+from bigbird_plus.attention import common, masks, plan
+from bigbird_plus.attention.engines import Choice
+from bigbird_plus.attention.impl import flash_cpu, gather, reference
+from bigbird_plus.attention.plan import Tokens, decoder_part
 from bigbird_plus.attention.random_blocks import CausalPlan
 
 HEADS = 2
@@ -63,20 +67,19 @@ def attend_by_definition(query, key, value, reads):
     return probabilities @ value, probabilities
 
 
-def attend(tensors, sparsity, mask, *, past=0, layer_idx=1, implementation="sdpa", **others):
+def attend(tensors, sparsity, mask, *, past=0, engine=flash_cpu, output_attentions=False):
     query, key, value = tensors
-    piece = causal.make_causal_input(
-        sparsity,
-        mask,
-        batch=len(query),
-        places=torch.arange(past, past + query.shape[2]),
+    tokens = Tokens(
+        len(query),
+        torch.arange(query.shape[2]) + past,
+        query.dtype,
+        attention_mask=mask,
         past=past,
         keys=key.shape[2],
     )
-    pattern = sparsity.causal_pattern(piece.num_blocks, layer_idx=layer_idx)
-    return causal.attend_causally(
-        query, key, value, pattern, piece, scaling=query.shape[-1] ** -0.5, implementation=implementation, **others
-    )
+    part = decoder_part(sparsity, tokens, Choice("", engine, {}))
+    layer = SimpleNamespace(layer_idx=1, heads=list(range(HEADS)), scaling=query.shape[-1] ** -0.5)
+    return part.attend(layer, query, key, value, output_attentions)
 
 
 def random_tensors(batch, length, seed=0, dtype=torch.float64):
@@ -93,11 +96,6 @@ def random_mask(kind, batch, length, seed=0):
     real = torch.randint(0 if kind == "empty" else 1, length + 1, (batch, 1), generator=generator)
     mask = (torch.arange(length) < real).long()
     return mask if kind == "right" else mask.flip(1)
-
-
-def gathered():
-    """Has everything computed as on devices other than a CPU."""
-    return mock.patch.object(sdpa, "can_merge", lambda query: False)
 
 
 MASKS = ["none", "left", "right", "holes", "empty"]
@@ -206,11 +204,9 @@ def test_a_pass_from_the_start(case):
         for actual, wanted in zip(torch.autograd.grad((context * weight).sum(), tensors), expected_grads, strict=True):
             torch.testing.assert_close(actual, wanted)
 
-    check()
-    check(implementation="eager")
-    with mock.patch.object(memory, "BYTES_AT_ONCE", 1):
-        check()
-    with gathered():
+    for engine in (flash_cpu, reference, gather):
+        check(engine=engine)
+    with mock.patch.object(common, "BYTES_AT_ONCE", 1):
         check()
 
 
@@ -230,13 +226,13 @@ def test_pieces_that_a_cache_goes_before(case, sizes, free):
         size = min(sizes[past % len(sizes)], length - past)
         end = past + size
         held = [nn_pad(tensor[:, :, :end], free) for tensor in (key, value)]
-        for implementation in ("sdpa", "eager"):
+        for engine in (flash_cpu, reference):
             context, probabilities = attend(
                 (query[:, :, past:end], *held),
                 some,
                 mask[:, :end],
                 past=past,
-                implementation=implementation,
+                engine=engine,
                 output_attentions=True,
             )
             torch.testing.assert_close(context, expected[:, :, past:end])
@@ -259,16 +255,11 @@ def test_a_piece_that_nothing_is_known_of():
     query, key, value = random_tensors(2, length)
     expected, _ = attend_by_definition(query, key, value, may_read(some, mask, range(length), length, 1))
     held = [nn_pad(tensor, 7).contiguous() for tensor in (key, value)]
-    with mock.patch.object(causal.masks, "may_read_values", lambda tensor: False), gathered():
-        whole, _ = attend((query, key, value), some, mask)
-        by_number, _ = attend((query[:, :, past:], *held), some, mask, past=past)
-        piece = causal.make_causal_input(
-            some, mask, batch=2, places=torch.arange(past, length), past=torch.tensor(past), keys=length + 7
-        )
-        pattern = some.causal_pattern(piece.num_blocks, layer_idx=1)
-        by_tensor, _ = causal.attend_causally(
-            query[:, :, past:], *held, pattern, piece, scaling=8**-0.5, implementation="sdpa"
-        )
+    unknown = [mock.patch.object(module, "may_read_values", lambda tensor: False) for module in (masks, plan)]
+    with unknown[0], unknown[1]:
+        whole, _ = attend((query, key, value), some, mask, engine=gather)
+        by_number, _ = attend((query[:, :, past:], *held), some, mask, past=past, engine=gather)
+        by_tensor, _ = attend((query[:, :, past:], *held), some, mask, past=torch.tensor(past), engine=gather)
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(by_number, expected[:, :, past:])
     torch.testing.assert_close(by_tensor, expected[:, :, past:])
@@ -283,13 +274,13 @@ def test_reduced_precision(dtype, past):
     exact = [tensor.to(dtype).double() for tensor in random_tensors(2, length)]
     exact[0] = exact[0][:, :, past:]
     low = [tensor.to(dtype) for tensor in exact]
-    reference, _ = attend(exact, some, mask, past=past, implementation="eager")
-    errors = {}
-    for implementation in ("eager", "sdpa"):
-        context, _ = attend(low, some, mask, past=past, implementation=implementation)
+    expected, _ = attend(exact, some, mask, past=past, engine=reference)
+    errors = []
+    for engine in (reference, flash_cpu):
+        context, _ = attend(low, some, mask, past=past, engine=engine)
         assert context.dtype is dtype
-        errors[implementation] = (context.double() - reference).abs().max().item()
-    assert errors["sdpa"] <= 2 * errors["eager"] + 1e-6
+        errors.append((context.double() - expected).abs().max().item())
+    assert errors[1] <= 2 * errors[0] + 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

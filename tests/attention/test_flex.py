@@ -8,7 +8,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from bigbird_plus import BigBirdConfig, BigBirdModel, Sparsity, block_sparse_attention
-from bigbird_plus.attention import attend_fully, attend_sparsely, eager, flex
+from bigbird_plus.attention import full
+from bigbird_plus.attention.impl import flex, reference
+from bigbird_plus.attention.masks import FullMask
 
 from ..peers import random_ids, scale_weights, tiny_settings
 
@@ -34,8 +36,8 @@ def padding(batch, length):
 def check(pattern, *, padded, batch=2):
     tensors = random_tensors(batch, pattern.num_blocks * 32)
     mask = padding(batch, tensors[0].shape[2]) if padded else None
-    context = flex.block_sparse_attention(*tensors, pattern, mask, scaling=0.3)
-    expected, _ = eager.block_sparse_attention(*tensors, pattern, mask, scaling=0.3)
+    context = flex.forward(*tensors, pattern, mask, scaling=0.3)
+    expected, _ = reference.block_sparse_attention(*tensors, pattern, mask, scaling=0.3)
     torch.testing.assert_close(context, expected, atol=1e-5, rtol=1e-5)
     if padded:
         assert (context.transpose(1, 2)[~mask] == 0).all()
@@ -119,10 +121,8 @@ def test_other_block_sizes_are_refused(block_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_and_float64_on_a_cpu_are_those_of_the_default_engine(dtype):
     tensors = [tensor.requires_grad_(dtype == torch.float32) for tensor in random_tensors(1, 9 * 32, dtype=dtype)]
-    arguments = (*tensors, REPEATING.pattern(9), None)
-    contexts = [
-        attend_sparsely(*arguments, scaling=0.3, implementation=name)[0] for name in ("flex_attention", "sdpa")
-    ]
+    how = {"block_size": 32, "num_random_blocks": 1, "scaling": 0.3}
+    contexts = [block_sparse_attention(*tensors, **how, implementation=name) for name in ("flex_attention", "sdpa")]
     assert torch.equal(*contexts)
     if dtype == torch.float32:
         grads = [torch.autograd.grad(context.square().sum(), tensors) for context in contexts]
@@ -150,7 +150,7 @@ def test_models_train_and_decode_on_a_cpu(length):
 
 
 class Bidirectional(torch.nn.Module):
-    is_causal = False
+    is_causal, scaling, dropout = False, 0.3, 0.0
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def test_full_attention_takes_masks_of_any_length():
         tensors = random_tensors(2, length)
         bias = torch.zeros(2, 1, 1, length).masked_fill(~padding(2, length)[:, None, None], -1e30)
         contexts = [
-            attend_fully(Bidirectional(), *tensors, bias, scaling=0.3, implementation=name)[0]
+            full.attend(Bidirectional(), *tensors, FullMask(bias), implementation=name)[0]
             for name in ("flex_attention", "eager")
         ]
         torch.testing.assert_close(*contexts, atol=1e-5, rtol=1e-5)

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from bigbird_plus.attention import masks
+from bigbird_plus.attention import common, masks
 
 MIN = torch.finfo(torch.float32).min
 
 
-def full_mask(attention_mask, *, batch=2, queries=4, past=0, keys=None, causal=False, implementation="sdpa"):
+def full_mask(*args, **kwargs):
+    return make_mask(*args, **kwargs).added
+
+
+def make_mask(attention_mask, *, batch=2, queries=4, past=0, keys=None, causal=False, implementation="sdpa"):
     return masks.full_attention_mask(
         attention_mask,
         batch=batch,
@@ -37,7 +41,7 @@ def test_padding_mask_of_a_wrong_shape(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_additive_masks_are_finite(dtype):
-    added = masks.additive_mask(torch.tensor([True, False]), dtype)
+    added = common.additive_mask(torch.tensor([True, False]), dtype)
     assert added.tolist() == [0, torch.finfo(dtype).min]
     assert added.dtype is dtype
 
@@ -131,9 +135,8 @@ def test_other_attention_than_sdpa_gets_all_pairs(implementation):
 
 def test_mask_of_an_encoder():
     def cross(mask):
-        return masks.cross_attention_mask(
-            mask, batch=2, heads=3, queries=3, keys=4, dtype=torch.float32, implementation="sdpa"
-        )
+        how = {"batch": 2, "heads": 3, "queries": 3, "keys": 4, "dtype": torch.float32}
+        return masks.cross_attention_mask(mask, **how, implementation="sdpa").added
 
     assert cross(None) is None
     assert cross(torch.ones(2, 4)) is None
@@ -148,10 +151,3 @@ def test_mask_of_an_encoder():
     for shape in [(2, 5), (2, 3, 5), (2, 2, 3, 4)]:
         with pytest.raises(ValueError, match="encoder_attention_mask"):
             cross(torch.zeros(shape))
-
-
-def test_packed_documents_do_not_read_each_other():
-    reads = masks.same_document_mask(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]))
-    first = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).bool()
-    assert (reads == torch.stack((first, torch.ones(5, 5).bool()))).all()
-    assert masks.same_document_mask(torch.arange(5)[None]) is None

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbird_plus.attention.packing import pack_documents
-from bigbird_plus.attention.pattern import Sparsity
+from bigbird_plus import BigBirdConfig
+from bigbird_plus.attention.plan import Tokens, make_plan
 
 from ..peers import make_pair, random_ids
 
@@ -109,21 +109,29 @@ def test_packing_and_unpacking_keeps_every_real_token(data):
     mask = torch.tensor(
         data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch))
     )
-    sparsity = Sparsity(1, block_size=data.draw(st.integers(1, 9)), num_random_blocks=0)
-    sparse, alone = data.draw(st.booleans()), data.draw(st.booleans())
-    packed = pack_documents(sparsity, mask, reads_sparsely=sparse, per_document=alone)
-    if packed is None:
-        return
+    alone, block_size = data.draw(st.booleans()), data.draw(st.integers(1, 9))
+    config = BigBirdConfig(
+        block_size=block_size, num_random_blocks=0, pattern_per_document=alone, attn_implementation="sdpa"
+    )
+    attention_type = data.draw(st.sampled_from(["block_sparse", "original_full"]))
+    tokens = Tokens(batch, torch.arange(length), torch.float32, attention_mask=mask)
+    plan = make_plan(config, attention_type, tokens)
     states = torch.randn(batch, length, 3)
-    back = packed.unpack(packed.pack(states))
-    assert torch.equal(back, states * mask[..., None])
-    assert packed.key_mask.sum() == mask.sum()
-    for span in packed.spans:
+    assert torch.equal(plan.leave(plan.enter(states)), states * mask[..., None])
+    if plan.packing is None:
+        return
+    assert plan.packing.is_real.sum() == mask.sum()
+    assert plan.parts[-1].end == len(plan.packing.sources)
+    assert sum(part.documents for part in plan.parts) == len(plan.packing.spans) == mask.any(-1).sum()
+    for span in plan.packing.spans:
         if span.num_blocks is not None:
-            assert span.size % sparsity.block_size == 0
-        if not alone:
-            places = slice(span.start, span.start + span.length)
-            assert torch.equal(packed.positions[0, places], torch.arange(span.first, span.first + span.length))
+            assert span.size % block_size == 0
+        if alone:
+            first = span.first
+            expected = torch.arange(span.length)
+            assert torch.equal(plan.positions[span.row, first : first + span.length], expected)
+    if not alone:
+        assert torch.equal(plan.positions, torch.arange(length)[None])
 
 
 def test_cost_follows_the_real_tokens():

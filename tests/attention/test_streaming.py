@@ -5,11 +5,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigbird_plus import Sparsity
-from bigbird_plus.attention import eager
-from bigbird_plus.attention.streaming import AttentionStream, is_streamable
-from bigbird_plus.memory import runs
+from bigbird_plus.attention.common import runs
+from bigbird_plus.attention.impl import reference
+from bigbird_plus.attention.impl.flash_cpu import Stream, is_streamable
 
-from .test_sdpa import DTYPES, case, padding_mask
+from .test_linear_engines import DTYPES, case, padding_mask
 
 
 @st.composite
@@ -33,7 +33,7 @@ def stream(query, key, value, pattern, key_mask, *, size, scaling):
     block = query.shape[2] // pattern.num_blocks
     ends = [slice(0, pattern.first_row * block), slice(pattern.last_row * block, None)]
     outer = [torch.cat([tensor[:, :, end] for end in ends], dim=2) for tensor in (query, key, value)]
-    attention = AttentionStream(pattern, block, *outer, key_mask, scaling=scaling)
+    attention = Stream(pattern, *outer, key_mask, scaling=scaling)
     context = torch.empty_like(query)
     most_kept = 0
     for rows in runs(pattern.first_row, pattern.last_row, size):
@@ -41,10 +41,10 @@ def stream(query, key, value, pattern, key_mask, *, size, scaling):
         if blocks:
             places = attention.tokens(blocks)
             attention.read(key[:, :, places], value[:, :, places])
-        most_kept = max(most_kept, attention.keys.shape[2] // block)
+        most_kept = max(most_kept, attention.kept[0].shape[1] // block)
         places = attention.tokens(rows)
         context[:, :, places] = attention.attend(rows, query[:, :, places])
-    assert most_kept <= size + 2 * pattern.half_window
+    assert most_kept <= size + 2 * (pattern.window // 2)
     outer_context = attention.outer_context()
     context[:, :, ends[0]], context[:, :, ends[1]] = outer_context.split(
         [ends[0].stop, outer[0].shape[2] - ends[0].stop], 2
@@ -65,8 +65,8 @@ def test_agrees_with_the_definition(case, dtype, size):
     mask = padding_mask(case["padding"], 1, case["shape"][2], generator)
     pattern, scaling = case["pattern"], case["shape"][3] ** -0.5
     assert is_streamable(pattern)
-    exact, _ = eager.block_sparse_attention(*(t.double() for t in tensors), pattern, mask, scaling=scaling)
-    definition, _ = eager.block_sparse_attention(*tensors, pattern, mask, scaling=scaling)
+    exact, _ = reference.block_sparse_attention(*(t.double() for t in tensors), pattern, mask, scaling=scaling)
+    definition, _ = reference.block_sparse_attention(*tensors, pattern, mask, scaling=scaling)
     actual = stream(*tensors, pattern, mask, size=size, scaling=scaling)
     roundings = 16 if dtype in (torch.float32, torch.float64) else 4  # as in the tests of sdpa
     allowed = 4 * (definition - exact).abs().max() + roundings * torch.finfo(dtype).eps + 1e-13

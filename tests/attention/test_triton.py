@@ -5,13 +5,14 @@ from unittest import mock
 import pytest
 import torch
 
-import bigbird_plus.attention
 from bigbird_plus import Sparsity
-from bigbird_plus.attention import eager, sparse_engine
+from bigbird_plus.attention import engines, ops
+from bigbird_plus.attention.engines import Call, choose_engine
+from bigbird_plus.attention.impl import reference
 
 from ..peers import make_model, random_ids
 
-triton = pytest.importorskip("bigbird_plus.attention.triton")
+triton = pytest.importorskip("bigbird_plus.attention.impl.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -33,9 +34,9 @@ def in_segments(monkeypatch):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Makes the kernels the default engine, also where there is no GPU."""
-    monkeypatch.setattr(bigbird_plus.attention, "triton_engine", triton)
+    monkeypatch.setitem(engines._engines, "triton", triton)
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton, "has_kernel", lambda query, block_size: True)
+        monkeypatch.setattr(triton, "reason", lambda call: "they know none" if call.has_global_tokens else None)
 
 
 def random_tensors(batch, length, dim, dtype=torch.float32):
@@ -73,11 +74,10 @@ def check(tensors, of_kernels, of_definition):
 
 def check_pattern(pattern, block_size=16, dim=16, *, batch=1, mask=None, dtype=torch.float32):
     def kernels(query, key, value):
-        how = {"block_size": block_size, "scaling": 0.3}
-        return triton.block_sparse_attention(query, key, value, pattern, mask, **how)
+        return triton.forward(query, key, value, pattern, mask, scaling=0.3)
 
     def definition(query, key, value):
-        return eager.block_sparse_attention(query, key, value, pattern, mask, scaling=0.3)[0]
+        return reference.block_sparse_attention(query, key, value, pattern, mask, scaling=0.3)[0]
 
     check(random_tensors(batch, pattern.num_blocks * block_size, dim, dtype), kernels, definition)
 
@@ -111,11 +111,11 @@ def test_decoders(padded):
 
     def kernels(query, key, value):
         key_mask = mask if padded else None
-        return triton.block_sparse_attention(query, key, value, pattern, key_mask, block_size=16, scaling=0.3)
+        return triton.forward(query, key, value, pattern, key_mask, scaling=0.3)
 
     def definition(query, key, value):
-        how = {"block_size": 16, "places": places, "offset": None, "key_mask": mask, "scaling": 0.3}
-        return eager.causal_attention(query, key, value, pattern, **how)[0] * mask[:, None, :, None]
+        how = {"places": places, "offset": None, "key_mask": mask, "scaling": 0.3}
+        return reference.causal_attention(query, key, value, pattern, **how)[0] * mask[:, None, :, None]
 
     check(random_tensors(2, length, 16), kernels, definition)
 
@@ -134,13 +134,12 @@ def test_documents_in_one_row(segments, request):
     )
 
     def kernels(query, key, value):
-        how = {"block_size": 16, "scaling": 0.3, "documents": documents}
-        return triton.block_sparse_attention(query, key, value, pattern, mask, **how)
+        return triton.forward_documents(query, key, value, pattern, mask, documents, scaling=0.3)
 
     def definition(*tensors):
         split = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), mask.split(sizes, dim=1), parts, strict=True)
         contexts = [
-            eager.block_sparse_attention(*qkv, pattern.cut(*part), key_mask, scaling=0.3)[0]
+            reference.block_sparse_attention(*qkv, pattern.cut(*part), key_mask, scaling=0.3)[0]
             for *qkv, key_mask, part in split
         ]
         return torch.cat(contexts, dim=2)
@@ -150,32 +149,24 @@ def test_documents_in_one_row(segments, request):
 
 def test_results_do_not_vary(in_segments):
     tensors, pattern = random_tensors(1, 8 * 16, 16), SMALL.pattern(8, training=True)
-    how = {"block_size": 16, "scaling": 0.3}
-    both = [results(lambda *qkv: triton.block_sparse_attention(*qkv, pattern, None, **how), tensors) for _ in "12"]
+    both = [results(lambda *qkv: triton.forward(*qkv, pattern, scaling=0.3), tensors) for _ in "12"]
     assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
 
 
-def test_second_derivatives_are_refused():
-    inputs = [tensor.requires_grad_() for tensor in random_tensors(1, 8 * 16, 16)[:3]]
-    context = triton.block_sparse_attention(*inputs, SMALL.pattern(8), None, block_size=16, scaling=0.3)
-    (first,) = torch.autograd.grad(context.sin().sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_what_has_kernels():
-    query = torch.empty(1, 2, 128, 64)
-    assert not triton.has_kernel(query, 64)
+    call = Call(torch.device("cuda"), torch.bfloat16, head_dim=64, block_size=64)
     with mock.patch.object(triton, "_is_recent", lambda device: True):
-        for dtype, block_size, dim, expected in (
-            (torch.bfloat16, 64, 64, True),
-            (torch.float32, 80, 100, True),
-            (torch.float64, 64, 64, False),
-            (torch.bfloat16, 40, 64, False),
-            (torch.bfloat16, 64, 160, False),
+        for changes, reason in (
+            ({}, None),
+            ({"dtype": torch.float32, "block_size": 80, "head_dim": 100}, None),
+            ({"device": torch.device("cpu")}, "NVIDIA"),
+            ({"dtype": torch.float64}, "float64"),
+            ({"block_size": 40}, "multiples of 16, not 40"),
+            ({"head_dim": 160}, "up to 128 numbers, not 160"),
+            ({"has_global_tokens": True}, "single global tokens"),
         ):
-            query = mock.Mock(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 128, dim))
-            assert triton.has_kernel(query, block_size) is expected
+            found = triton.reason(call._replace(**changes))
+            assert found is None if reason is None else reason in found
 
 
 def make_small_model(**overrides):
@@ -204,11 +195,12 @@ def test_models_take_them_for_padded_batches(everywhere, overrides):
     mask[2, :35] = 0
     with torch.inference_mode():  # what is kept of it serves training, too
         model(ids, attention_mask=mask)
-    launched = mock.patch.object(triton, "block_sparse_attention", wraps=triton.block_sparse_attention)
-    with launched as attention:
+    launched = mock.patch.object(triton, "attend", wraps=triton.attend)
+    with mock.patch.dict(ops.KERNELS), launched as attention:
+        ops.KERNELS["triton"] = ops.Kernels(triton.attend, triton.gradients)
         actual = states_and_gradients(model, model, "sdpa", ids, attention_mask=mask)
     assert attention.call_count == (2 if "pattern_per_document" in overrides else 1)
-    assert (attention.call_args.kwargs.get("documents") is not None) == (not overrides)
+    assert (attention.call_args.args[3].documents is not None) == (not overrides)
     expected = states_and_gradients(model, model, "eager", ids, attention_mask=mask)
     assert (actual - expected).norm() <= 1e-4 * expected.norm()
 
@@ -231,26 +223,13 @@ def test_compiled_models_take_them_in_one_graph_for_all_lengths(everywhere, is_d
         assert (actual - expected).norm() <= 1e-4 * expected.norm()
         model.set_attn_implementation("sdpa")
     assert len(graphs) == 1
-    assert any("triton_attention" in str(node.target) for node in graphs[0].graph.nodes)
+    assert any("triton" in node.args for node in graphs[0].graph.nodes)
     torch._dynamo.reset()
 
 
-def test_operator_passes_torch_checks():
-    tensors = [tensor.transpose(1, 2).requires_grad_() for tensor in random_tensors(1, 8 * 16, 16)[:3]]
-    random_blocks = torch.as_tensor(SMALL.pattern(8, training=True).random_blocks)
-    arguments = (*tensors, None, random_blocks, [8, 1, 1, 1, 0], [], 16, 0.3)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.bigbird_plus.triton_attention.default, arguments, test_utils=checks)
-
-
 def test_engines_by_name(everywhere):
-    query = torch.empty(1, 2, 128, 64, device=DEVICE)
-    assert sparse_engine("sdpa", query, query, query, block_size=64) == "triton"
-    assert sparse_engine("eager", query, query, query, block_size=64) == "eager"
-    assert sparse_engine("flex_attention", query, query, query, block_size=64) == "flex_attention"
-    assert sparse_engine("sdpa", query, query, query, block_size=64, has_global_tokens=True) == "sdpa"
-
-
-def test_without_a_gpu_the_default_is_another():
-    query = torch.empty(1, 2, 128, 64)
-    assert sparse_engine("sdpa", query, query, query, block_size=64) == "sdpa"
+    call = Call(torch.device(DEVICE), torch.float32, head_dim=64, block_size=64)
+    assert choose_engine("sdpa", call).name == "triton"
+    assert choose_engine("eager", call).name == "eager"
+    assert choose_engine("flex_attention", call).name == "flex_attention"
+    assert choose_engine("sdpa", call._replace(has_global_tokens=True)).passed_over == {"triton": "they know none"}

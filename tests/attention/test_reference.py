@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bigbird_plus import Sparsity
-from bigbird_plus.attention import eager
+from bigbird_plus.attention.impl import reference
 
 
 def random_tensors(batch, heads, length, dim, seed=0):
@@ -55,7 +55,7 @@ def test_token_by_token(training, padded):
         mask[1, -7:] = False
         mask[0, 4:5] = False
     pattern = Sparsity(num_attention_heads=2, block_size=block).pattern(num_blocks, layer_idx=4, training=training)
-    context, probabilities = eager.block_sparse_attention(
+    context, probabilities = reference.block_sparse_attention(
         query, key, value, pattern, mask if padded else None, scaling=3**-0.5
     )
     for row in range(2):
@@ -70,7 +70,7 @@ def test_rows_of_real_tokens_sum_to_one_and_others_to_zero():
     query, key, value = random_tensors(1, 2, 48, 4)
     mask = torch.arange(48)[None] < 30
     pattern = Sparsity(num_attention_heads=2, block_size=4, num_random_blocks=1).pattern(12, training=True)
-    _, probabilities = eager.block_sparse_attention(query, key, value, pattern, mask, scaling=0.5)
+    _, probabilities = reference.block_sparse_attention(query, key, value, pattern, mask, scaling=0.5)
     torch.testing.assert_close(probabilities.sum(-1), mask.double()[:, None].expand(1, 2, -1))
     assert (probabilities[..., 30:] == 0).all()
 
@@ -79,7 +79,7 @@ def test_probabilities_are_part_of_the_graph():
     query, key, value = random_tensors(1, 1, 24, 4)
     mask = torch.arange(24)[None] < 20
     pattern = Sparsity(num_attention_heads=1, block_size=2, num_random_blocks=0).pattern(12)
-    context, probabilities = eager.block_sparse_attention(
+    context, probabilities = reference.block_sparse_attention(
         query.requires_grad_(), key, value, pattern, mask, scaling=0.5
     )
     probabilities.retain_grad()
@@ -91,7 +91,7 @@ def test_probabilities_are_part_of_the_graph():
 def test_dense_attention_is_that_of_torch():
     query, key, value = random_tensors(2, 3, 10, 4)
     bias = torch.randn(2, 1, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    context, probabilities = eager.dense_attention(query, key, value, bias, scaling=0.3)
+    context, probabilities = reference.dense_attention(query, key, value, bias, scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=0.3)
     torch.testing.assert_close(context, expected)
     torch.testing.assert_close(probabilities @ value, context)
@@ -100,8 +100,8 @@ def test_dense_attention_is_that_of_torch():
 def test_dropout_drops_and_rescales():
     query, key, value = random_tensors(1, 1, 400, 4)
     torch.manual_seed(0)
-    _, probabilities = eager.dense_attention(query, key, value, scaling=0.5, dropout=0.25)
-    _, kept = eager.dense_attention(query, key, value, scaling=0.5)
+    _, probabilities = reference.dense_attention(query, key, value, scaling=0.5, dropout=0.25)
+    _, kept = reference.dense_attention(query, key, value, scaling=0.5)
     dropped = probabilities == 0
     assert abs(dropped.double().mean() - 0.25) < 0.01
     torch.testing.assert_close(probabilities[~dropped], kept[~dropped] / 0.75)
@@ -113,7 +113,9 @@ def test_nothing_to_read_stays_finite_in_half_precision(dtype):
     mask = torch.zeros(2, 24, dtype=torch.bool)
     mask[0] = True
     pattern = Sparsity(num_attention_heads=1, block_size=2, num_random_blocks=0).pattern(12)
-    context, probabilities = eager.block_sparse_attention(query * 100, key * 100, value, pattern, mask, scaling=0.5)
+    context, probabilities = reference.block_sparse_attention(
+        query * 100, key * 100, value, pattern, mask, scaling=0.5
+    )
     assert context.dtype == probabilities.dtype == dtype
     assert context.isfinite().all()
     assert (context[1] == 0).all()

@@ -6,14 +6,9 @@ Quadratic in the length. All faster engines are tested against this one.
 import torch
 from torch import Tensor, nn
 
-from .global_tokens import GlobalTokens
-from .masks import additive_mask
-from .pattern import BlockPattern, CausalPattern
-
-
-def score_dtype(tensor: Tensor) -> torch.dtype:
-    """Scores are kept in float32 at least: adding a mask's large negative number to a float16 score overflows."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+from ..common import additive_mask, score_dtype
+from ..global_tokens import GlobalTokens
+from ..pattern import BlockPattern
 
 
 def dense_attention(
@@ -42,6 +37,44 @@ def _probabilities(query, key, bias, scaling):
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1).to(query.dtype)
+
+
+def reason(call) -> str | None:
+    """Why it cannot run a call: never."""
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    key_mask: Tensor | None = None,
+    global_tokens: GlobalTokens | None = None,
+    *,
+    scaling: float,
+) -> Tensor:
+    """The context that `attention` gives."""
+    return attention(query, key, value, pattern, key_mask, global_tokens, scaling=scaling)[0]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    key_mask: Tensor | None = None,
+    global_tokens: GlobalTokens | None = None,
+    *,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """`block_sparse_attention` or, with a decoder's pattern, `causal_attention` of documents that begin at the first
+    place."""
+    if not pattern.is_causal:
+        return block_sparse_attention(query, key, value, pattern, key_mask, global_tokens, scaling=scaling)
+    places = torch.arange(query.shape[2], device=query.device)
+    how = {"places": places, "offset": None, "key_mask": key_mask, "scaling": scaling}
+    return causal_attention(query, key, value, pattern, **how)
 
 
 def block_sparse_attention(
@@ -86,7 +119,7 @@ def _expand(pattern: BlockPattern, like: Tensor, num_extra: int) -> Tensor:
     and they read nothing."""
     dtype = score_dtype(like)
     least = torch.finfo(dtype).min
-    block_size = (like.shape[2] - num_extra) // pattern.num_blocks
+    block_size = pattern.block_size
     log_counts = torch.from_numpy(pattern.counts).to(like.device, dtype).log().clamp(min=least)
     log_counts = log_counts.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[None]
     return nn.functional.pad(log_counts, (0, num_extra, 0, num_extra), value=least)
@@ -96,9 +129,8 @@ def causal_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: CausalPattern,
+    pattern: BlockPattern,
     *,
-    block_size: int,
     places: Tensor,
     offset: Tensor | None,
     key_mask: Tensor | None,
@@ -110,7 +142,6 @@ def causal_attention(
         query: `[batch, heads, queries, head_dim]`.
         key, value: `[batch, heads, keys, head_dim]`, those of earlier calls included.
         pattern: which block reads which.
-        block_size: tokens in a block.
         places: `int64`, `[queries]`: places of the queries among the keys.
         offset: `int64`, `[batch]`: place of the first real token of each sequence; None where it is 0 throughout.
         key_mask: `bool`, `[batch, keys]`, False where a token is padding; None where none behind the first real token
@@ -124,7 +155,7 @@ def causal_attention(
     query_places = places[None] - start
     key_places = torch.arange(key.shape[2], device=key.device)[None] - start
     query_block, key_block = (
-        (tensor // block_size).clamp(0, pattern.num_blocks - 1) for tensor in (query_places, key_places)
+        (tensor // pattern.block_size).clamp(0, pattern.num_blocks - 1) for tensor in (query_places, key_places)
     )
     counts = torch.from_numpy(pattern.counts).to(key.device)
     reads = counts[:, query_block[:, :, None], key_block[:, None]].transpose(0, 1) > 0

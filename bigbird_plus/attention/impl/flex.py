@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
-from .pattern import BlockPattern
-from .random_blocks import NO_BLOCK
+from ..common import is_tracing, is_transformed
+from ..global_tokens import GlobalTokens
+from ..pattern import BlockPattern
+from ..random_blocks import NO_BLOCK
 
 SMALLEST_BLOCK = 32
 """Tokens that the kernels take at a time, at least (those for gradients; they take no part of these)."""
@@ -32,29 +34,45 @@ MOST_GRAPHS = 64
 """Kernels kept: with and without padding, gradients, and so on, of each shape of model. torch stops at 8."""
 
 
-def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether FlexAttention can compute this: on a GPU with gradients, on a CPU without, and not in float64."""
-    if query.dtype == torch.float64:
-        return False
-    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    return query.device.type in ("cuda", "xpu") or (query.device.type == "cpu" and not needs_gradients)
-
-
-def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, key_mask: Tensor | None, *, scaling: float
-) -> Tensor:
-    """The context of `eager.block_sparse_attention`, `[batch, heads, length, head_dim]`, from the same arguments; for
-    tensors that `has_kernel` accepts. The first call of a kind compiles, which takes up to a minute.
+def reason(call) -> str | None:
+    """Why it cannot run a call; None if it can.
 
     Raises:
-        ValueError: if the kernels do not take the block size.
+        ValueError: if the kernels do not take the block size, which is a matter of the configuration.
     """
-    block_size, head_dim = query.shape[2] // pattern.num_blocks, query.shape[3]
-    if block_size % SMALLEST_BLOCK:
+    if is_tracing() or is_transformed():
+        return "it compiles its own graphs, which do not go into others"
+    if call.is_causal:
+        return "there is no kernel of it for sparse decoders"
+    if call.has_global_tokens:
+        return "there is no kernel of it for single global tokens"
+    if call.dtype is torch.float64:
+        return "it does not compute in float64"
+    if call.device.type == "cpu" and call.needs_gradients:
+        return "on a CPU it has no gradients"
+    if call.device.type not in ("cpu", "cuda", "xpu"):
+        return f"it does not run on {call.device.type}"
+    if call.block_size % SMALLEST_BLOCK:
         raise ValueError(
-            f"block_size is {block_size}, but flex_attention takes multiples of {SMALLEST_BLOCK} only. For other "
+            f"block_size is {call.block_size}, but flex_attention takes multiples of {SMALLEST_BLOCK} only. For other "
             "sizes choose attn_implementation='sdpa'."
         )
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    key_mask: Tensor | None = None,
+    global_tokens: GlobalTokens | None = None,
+    *,
+    scaling: float,
+) -> Tensor:
+    """The context of `reference.forward`, from the same arguments; `global_tokens` must be None. The first call of a
+    kind compiles, which takes up to a minute."""
+    block_size, head_dim = pattern.block_size, query.shape[3]
     if head_dim < SMALLEST_HEAD:
         query, key, value = (
             nn.functional.pad(tensor, (0, SMALLEST_HEAD - head_dim)) for tensor in (query, key, value)
@@ -97,11 +115,8 @@ class _Plan(NamedTuple):
 @torch.inference_mode(False)  # the same tensors can be saved for a backward pass later
 def _make_plan(pattern: BlockPattern, heads: int, device: torch.device) -> _Plan:
     num_blocks, rows = pattern.num_blocks, slice(pattern.first_row, pattern.last_row)
-    lists = pattern.structured_lists(rows.start, rows.stop)[None]
-    num_structured = lists.shape[2]
-    if pattern.random_blocks is not None:
-        random = torch.as_tensor(pattern.random_blocks)[:, rows]
-        lists = torch.cat((lists.expand(len(random), -1, -1), random), dim=2)
+    lists = pattern.lists(rows.start, rows.stop).transpose(0, 1)
+    num_structured = len(pattern.outer_blocks) + pattern.window
     reads = torch.zeros(len(lists), num_blocks, num_blocks + 1, dtype=torch.bool)
     reads[:, rows].scatter_(2, lists.masked_fill(lists == NO_BLOCK, num_blocks), True)
     reads[:, pattern.global_blocks] = True

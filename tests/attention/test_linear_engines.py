@@ -1,4 +1,4 @@
-"""The linear engine, both of its ways, against the definition: outputs and gradients."""
+"""The linear engines that run everywhere against the definition: outputs and gradients."""
 
 from unittest import mock
 
@@ -7,9 +7,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigbird_plus import Sparsity, memory
-from bigbird_plus.attention import eager, sdpa
+from bigbird_plus import Sparsity
+from bigbird_plus.attention import common
 from bigbird_plus.attention.global_tokens import find_global_tokens
+from bigbird_plus.attention.impl import flash_cpu, gather, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,7 +34,7 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
         "extra": others.get("extra", 0),
         "chosen": others.get("chosen", 0),
         "seed": others.get("seed", 0),
-        "at_once": others.get("at_once", memory.BYTES_AT_ONCE),
+        "at_once": others.get("at_once", common.BYTES_AT_ONCE),
     }
 
 
@@ -57,7 +58,7 @@ def cases(draw):
         training=draw(st.booleans()),
         padding=draw(st.sampled_from(["none", "right", "left", "anywhere", "everything"])),
         seed=draw(st.integers(0, 99)),
-        at_once=draw(st.sampled_from([memory.BYTES_AT_ONCE, 10_000, 1])),
+        at_once=draw(st.sampled_from([common.BYTES_AT_ONCE, 10_000, 1])),
     )
 
 
@@ -96,19 +97,18 @@ def run(function, tensors, dtype, pattern, mask, weight, tokens=None):
     return [tensor.detach().double() for tensor in (output, *grads)]
 
 
-def check_against_definition(case, dtype, *, merges):
+def check_against_definition(case, dtype, *, engine):
     """No further from the definition in float64 than the definition itself in `dtype`, up to a small factor."""
     generator = torch.Generator().manual_seed(case["seed"])
     tensors = [torch.randn(case["shape"], generator=generator).to(dtype).double() for _ in range(3)]
     weight = torch.randn(case["shape"], generator=generator).to(dtype)
     mask, tokens = mask_and_tokens(case, generator)
     arguments = (case["pattern"], mask, weight, tokens)
-    exact = run(eager.block_sparse_attention, tensors, torch.float64, *arguments)
-    definition = run(eager.block_sparse_attention, tensors, dtype, *arguments)
-    ways = mock.patch.object(sdpa, "can_merge", lambda query: merges)
-    with ways, mock.patch.object(memory, "BYTES_AT_ONCE", case["at_once"]):
-        engine = run(sdpa.block_sparse_attention, tensors, dtype, *arguments)
-    for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, engine, strict=True):
+    exact = run(reference.forward, tensors, torch.float64, *arguments)
+    definition = run(reference.forward, tensors, dtype, *arguments)
+    with mock.patch.object(common, "BYTES_AT_ONCE", case["at_once"]):
+        actual = run(engine.forward, tensors, dtype, *arguments)
+    for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, actual, strict=True):
         size = a.abs().max().clamp(min=1)
         # float32 scores, weights and sums are each rounded, where a reduced dtype rounds the result alone
         roundings = 16 if dtype in (torch.float32, torch.float64) else 4
@@ -116,7 +116,7 @@ def check_against_definition(case, dtype, *, merges):
         assert (c - a).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("engine", [flash_cpu, gather], ids=["flash_cpu", "gather"])
 @given(case=cases(), dtype=st.sampled_from(DTYPES))
 @example(case=case(extra_blocks=1, batch=3), dtype=torch.float32)
 @example(case=case(7, 0, 0, extra_blocks=1, batch=1), dtype=torch.float64)
@@ -129,49 +129,47 @@ def check_against_definition(case, dtype, *, merges):
 @example(case=case(extra_blocks=9, padding="right", training=True, batch=3, at_once=20_000), dtype=torch.float64)
 @example(case=case(r=2, indices=[], extra=1, different_layouts=False, training=True), dtype=torch.float32)
 @settings(max_examples=100)
-def test_agrees_with_the_definition(case, dtype, merges):
-    check_against_definition(case, dtype, merges=merges)
+def test_agrees_with_the_definition(case, dtype, engine):
+    check_against_definition(case, dtype, engine=engine)
 
 
-@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("engine", [flash_cpu, gather], ids=["flash_cpu", "gather"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [False, True])
-def test_agrees_with_the_definition_at_the_published_sizes(dtype, training, merges):
+def test_agrees_with_the_definition_at_the_published_sizes(dtype, training, engine):
     published = case(block=64, extra_blocks=5, heads=2, batch=1, head_dim=64, training=training, padding="right")
-    check_against_definition(published, dtype, merges=merges)
+    check_against_definition(published, dtype, engine=engine)
 
 
-@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("engine", [flash_cpu, gather], ids=["flash_cpu", "gather"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [False, True])
-def test_rows_of_padding_only_are_zero_with_zero_gradients(dtype, training, merges):
+def test_rows_of_padding_only_are_zero_with_zero_gradients(dtype, training, engine):
     settings = case(training=training, batch=3)
     mask = torch.ones(3, settings["shape"][2], dtype=torch.bool)
     mask[1] = False
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(settings["shape"], generator=generator) for _ in range(3)]
-    with mock.patch.object(sdpa, "can_merge", lambda query: merges):
-        results = run(sdpa.block_sparse_attention, tensors, dtype, settings["pattern"], mask, torch.ones(()))
+    results = run(engine.forward, tensors, dtype, settings["pattern"], mask, torch.ones(()))
     for result in results:
         assert result.isfinite().all()
         assert (result[1] == 0).all()
         assert (result[0] != 0).any()
 
 
-@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
+@pytest.mark.parametrize("engine", [flash_cpu, gather], ids=["flash_cpu", "gather"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores_stay_finite(dtype, merges):
+def test_large_scores_stay_finite(dtype, engine):
     settings = case(training=True)
     generator = torch.Generator().manual_seed(0)
     tensors = [30 * torch.randn(settings["shape"], generator=generator) for _ in range(3)]
     mask = torch.arange(settings["shape"][2]) < torch.tensor([[40], [3]])
-    with mock.patch.object(sdpa, "can_merge", lambda query: merges):
-        results = run(sdpa.block_sparse_attention, tensors, dtype, settings["pattern"], mask, torch.ones(()))
+    results = run(engine.forward, tensors, dtype, settings["pattern"], mask, torch.ones(()))
     assert all(result.isfinite().all() for result in results)
 
 
-@pytest.mark.parametrize("merges", [True, False], ids=["merged", "gathered"])
-def test_gradients_are_those_of_finite_differences(merges):
+@pytest.mark.parametrize("engine", [flash_cpu, gather], ids=["flash_cpu", "gather"])
+def test_gradients_are_those_of_finite_differences(engine):
     settings = case(3, 2, 1, block=2, extra_blocks=2, indices=[0, 5], extra=2, training=True)
     generator = torch.Generator().manual_seed(0)
     tensors = [
@@ -180,12 +178,9 @@ def test_gradients_are_those_of_finite_differences(merges):
     mask = torch.arange(settings["shape"][2]) < torch.tensor([[18], [5]])
     mask[:, -2:] = True
     tokens = find_global_tokens(mask[:, :-2] & (torch.arange(18) % 4 == 1), 2, 2, 18, torch.device("cpu"))
-    with mock.patch.object(sdpa, "can_merge", lambda query: merges):
-        assert torch.autograd.gradcheck(
-            lambda *qkv: sdpa.block_sparse_attention(*qkv, settings["pattern"], mask, tokens, scaling=0.3),
-            tensors,
-            fast_mode=True,
-        )
+    assert torch.autograd.gradcheck(
+        lambda *qkv: engine.forward(*qkv, settings["pattern"], mask, tokens, scaling=0.3), tensors, fast_mode=True
+    )
 
 
 def test_strided_inputs_and_gradients():
@@ -195,8 +190,8 @@ def test_strided_inputs_and_gradients():
     generator = torch.Generator().manual_seed(0)
     fused = torch.randn(batch, length, 3, heads, dim, generator=generator).requires_grad_()
     packed = [tensor.transpose(1, 2) for tensor in fused.unbind(2)]
-    output = sdpa.block_sparse_attention(*packed, settings["pattern"], None, scaling=0.3)
-    expected, _ = eager.block_sparse_attention(*packed, settings["pattern"], None, scaling=0.3)
+    output = flash_cpu.forward(*packed, settings["pattern"], None, scaling=0.3)
+    expected = reference.forward(*packed, settings["pattern"], None, scaling=0.3)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
     grads = [torch.autograd.grad(result.square().sum(), fused)[0] for result in (output, expected)]
     torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
@@ -207,7 +202,7 @@ def test_the_value_can_need_no_gradient():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(settings["shape"], generator=generator) for _ in range(3))
     query.requires_grad_()
-    sdpa.block_sparse_attention(query, key, value, settings["pattern"], None, scaling=0.3).sum().backward()
+    flash_cpu.forward(query, key, value, settings["pattern"], None, scaling=0.3).sum().backward()
     assert query.grad.isfinite().all()
     assert value.grad is None
 
@@ -219,16 +214,18 @@ def test_deterministic_algorithms_are_enough():
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            context = sdpa.block_sparse_attention(*case, pattern, None, scaling=0.25)
+            context = flash_cpu.forward(*case, pattern, None, scaling=0.25)
             results.append((context, torch.autograd.grad(context.sin().sum(), case)[0]))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_second_derivatives_are_refused():
-    case = torch.randn(3, 1, 1, 120, 8, requires_grad=True)
-    context = sdpa.block_sparse_attention(*case, Sparsity(1, 8).pattern(15), None, scaling=0.25)
-    (grad,) = torch.autograd.grad(context.sin().sum(), case, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_second_derivatives_are_those_of_the_definition():
+    case = torch.randn(3, 1, 1, 120, 8, dtype=torch.float64, requires_grad=True)
+    pattern, results = Sparsity(1, 8).pattern(15), []
+    for engine in (flash_cpu, reference):
+        context = engine.forward(*case, pattern, scaling=0.25)
+        (grad,) = torch.autograd.grad(context.sin().sum(), case, create_graph=True)
+        results.append((grad, *torch.autograd.grad(grad.cos().sum(), case)))
+    torch.testing.assert_close(*results)

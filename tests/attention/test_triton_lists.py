@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bigbird_plus import Sparsity
-from bigbird_plus.attention.block_lists import make_lists
+from bigbird_plus.attention.impl.triton_lists import make_lists
 
 PATTERNS = {
     "evaluation": Sparsity(3, num_random_blocks=2).pattern(12),

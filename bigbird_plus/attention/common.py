@@ -1,0 +1,93 @@
+"""What the engines and the plan have in common: what Python may ask of a tensor, dtypes and masks of scores, blocks,
+the merge of partial attentions, and how much is done at once on a CPU."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+BYTES_AT_ONCE = 16 * 2**20
+"""How much is computed at once on a CPU. malloc keeps memory for its next use, but gives large pieces (glibc: over 32
+MiB, or several that become free together) back to the system, which clears each page before it lends it again: that
+takes longer than to write to it. Pieces of half that size use the same memory over and over."""
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether a graph is being made that is to leave the process, by `torch.export` or `torch.onnx.export`. (torch 2.6
+does not tell.)"""
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being made of what happens: by `torch.compile`, `torch.export`, `torch.jit.trace` or CUDA."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # torch.compile fails at that
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, jvp) is at work, which takes torch's own operators only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether Python may look at a tensor's values: not while a graph is traced or `torch.func` transforms, and not
+    where it would wait for a device."""
+    return tensor.device.type == "cpu" and not is_tracing() and not is_transformed()
+
+
+def score_dtype(tensor: Tensor) -> torch.dtype:
+    """Scores are kept in float32 at least: adding a mask's large negative number to a float16 score overflows."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where `mask` is True, the least finite number elsewhere, so that a row with nothing
+    to read stays finite."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def causal_mask(query_positions: Tensor, key_length: int) -> Tensor:
+    """`bool`, `[queries, keys]`: whether a query at a position of the sequence may read a key."""
+    keys = torch.arange(key_length, device=query_positions.device)
+    return keys <= query_positions[:, None]
+
+
+def count_blocks(length: int, block_size: int) -> int:
+    """Blocks that so many tokens fill, the last one perhaps in part. (Not `-(-length // block_size)`: divisions round
+    towards zero in ONNX.)"""
+    return (length + block_size - 1) // block_size
+
+
+def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
+    """Fills up a dimension with zeros to a multiple of `block_size`."""
+    length = tensor.shape[dim]
+    missing = count_blocks(length, block_size) * block_size - length
+    if not is_tracing() and not missing:  # one graph shall serve all lengths
+        return tensor
+    return nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim % tensor.dim()) + [0, missing])
+
+
+def cut(tensor: Tensor, length: int, dim: int) -> Tensor:
+    """`tensor` without what lies beyond `length` in a dimension; itself, not a view of it, if there is nothing."""
+    if is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
+        return tensor.index_select(dim, torch.arange(length, device=tensor.device))
+    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length)
+
+
+def merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from the attentions over either, each with its log-sum-exp `[..., 1]`. In place
+    of the first."""
+    share = torch.sigmoid(other_lse - log_sum_exp)
+    torch.logaddexp(log_sum_exp, other_lse, out=log_sum_exp)
+    return output.lerp_(other, share.to(output.dtype)), log_sum_exp
+
+
+def pieces_at_once(size: int) -> int:
+    """How many pieces of `size` bytes each are done at once, at least one."""
+    return max(1, BYTES_AT_ONCE // max(1, size))
+
+
+def runs(start: int, stop: int, size: int) -> list[range]:
+    """`range(start, stop)` in as few ranges of at most `size` as there can be, all of about one size."""
+    count = -(-(stop - start) // size)
+    bounds = [start + (stop - start) * index // count for index in range(count)] + [stop]
+    return [range(*pair) for pair in pairwise(bounds)]

@@ -1,0 +1,183 @@
+"""What an engine of kernels is to autograd and to `torch.compile`.
+
+Such an engine is a pair of functions on `[batch, length, heads, dim]`: `attend`, which gives the context and the
+log-sum-exp of the scores, and `gradients`. Here they become one differentiable function, which in graphs of
+`torch.compile` is an operator that stands for whatever the engine does.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .common import score_dtype
+from .global_tokens import GlobalTokens
+from .impl import reference
+from .pattern import BlockPattern
+
+
+class Reading(NamedTuple):
+    """Who reads whom.
+
+    pattern: which block reads which.
+    scaling: what the scores are multiplied by.
+    key_mask: `bool`, `[batch, length]`, False for padding; None where there is none.
+    global_tokens: tokens that read everything and are read by all; None for none.
+    documents: `int32`, `[documents, 3]`, where the batch is one row of documents, see `triton.forward_documents`.
+    """
+
+    pattern: BlockPattern
+    scaling: float
+    key_mask: Tensor | None = None
+    global_tokens: GlobalTokens | None = None
+    documents: Tensor | None = None
+
+
+class Kernels(NamedTuple):
+    """An engine's pair of functions.
+
+    attend: `(query, key, value, reading) -> (context, log_sum_exp)`; the last is `[batch, length, heads]`, in
+        `score_dtype`.
+    gradients: `(grad, query, key, value, context, log_sum_exp, reading)` -> those of query, key and value.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+KERNELS: dict[str, Kernels] = {}
+"""By the names under which graphs hold them."""
+
+
+def attend(name: str, query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> Tensor:
+    """The context, `[batch, heads, length, head_dim]`, of tensors of that shape, by the kernels of that name."""
+    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    if torch.compiler.is_compiling():
+        context, _ = torch.ops.bigbird_plus.attention(*tensors, *_as_arguments(name, reading))
+    else:
+        context = _Attention.apply(*tensors, KERNELS[name], reading)
+    return context.transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, kernels, reading):
+        context, log_sum_exp = kernels.attend(query, key, value, reading)
+        ctx.save_for_backward(query, key, value, context, log_sum_exp)
+        ctx.kernels, ctx.reading = kernels, reading
+        return context
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True: what comes out is to be differentiated again
+            return *_gradients_by_definition(grad, *ctx.saved_tensors[:3], ctx.reading), None, None
+        return *ctx.kernels.gradients(grad, *ctx.saved_tensors, ctx.reading), None, None
+
+
+def _gradients_by_definition(grad, query, key, value, reading: Reading) -> list[Tensor | None]:
+    """Those that have gradients themselves, by the quadratic definition."""
+    if reading.documents is not None:
+        raise RuntimeError(
+            "Second derivatives of a batch of documents without their padding need attn_implementation='eager'."
+        )
+    pattern, scaling, key_mask, tokens, _ = reading
+    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    context = reference.forward(*tensors, pattern, key_mask, tokens, scaling=scaling).transpose(1, 2)
+    inputs = [tensor for tensor in (query, key, value) if tensor.requires_grad]
+    grads = iter(torch.autograd.grad(context, inputs, grad, create_graph=True))
+    return [next(grads) if tensor.requires_grad else None for tensor in (query, key, value)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same in graphs, in which patterns are numbers and tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+# torch 2.6 cannot make the schemas of `list[int]`.
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? global_places, Tensor? is_global, "
+    "Tensor? random_blocks, SymInt[] fields, SymInt[] middle_blocks, float scaling, str kernels"
+)
+_TENSORS = 7
+
+
+@torch.library.custom_op(
+    "bigbird_plus::attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor context, Tensor log_sum_exp)"
+)
+def _attention(query, key, value, *arguments) -> tuple[Tensor, Tensor]:
+    *arguments, name = arguments
+    return KERNELS[name].attend(query, key, value, _from_arguments(*arguments))
+
+
+@_attention.register_fake
+def _(query, *others):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=score_dtype(query))
+
+
+@torch.library.custom_op(
+    "bigbird_plus::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, Tensor context, Tensor log_sum_exp) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(grad, query, key, value, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, name, context, log_sum_exp = arguments
+    reading = _from_arguments(*arguments)
+    return KERNELS[name].gradients(grad, query, key, value, context, log_sum_exp, reading)
+
+
+@_attention_backward.register_fake
+def _(grad, query, *others):
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
+def _save_for_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.others = inputs[_TENSORS:]
+
+
+def _differentiate(ctx, grad, _):
+    inputs, output = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
+    grads = torch.ops.bigbird_plus.attention_backward(grad, *inputs, *ctx.others, *output)
+    return *grads, *[None] * (len(inputs) + len(ctx.others) - 3)
+
+
+_attention.register_autograd(_differentiate, setup_context=_save_for_gradients)
+
+
+def _as_arguments(name: str, reading: Reading) -> tuple:
+    """What the operator takes behind queries, keys and values."""
+    pattern, tokens = reading.pattern, reading.global_tokens
+    fields = [pattern.num_blocks, pattern.block_size, pattern.window, pattern.num_leading, pattern.num_trailing]
+    fields += [pattern.first_block_extra, pattern.num_full, int(pattern.is_causal)]
+    fields += [0 if tokens is None else tokens.num_extra]
+    places, is_token = (None, None) if tokens is None else (tokens.places, tokens.is_token)
+    tensors = (reading.key_mask, places, is_token, pattern.random_blocks)
+    return *tensors, fields, list(pattern.middle_blocks), reading.scaling, name
+
+
+def _from_arguments(key_mask, places, is_token, random_blocks, fields, middle_blocks, scaling) -> Reading:
+    """The reverse; the same pattern for the same arguments."""
+    random = None if random_blocks is None else (random_blocks.numpy().tobytes(), random_blocks.shape)
+    *fields, num_extra = fields
+    pattern = _pattern_of(tuple(fields), tuple(middle_blocks), random)
+    tokens = None if places is None else GlobalTokens(places, is_token, num_extra)
+    return Reading(pattern, scaling, key_mask, tokens)
+
+
+@lru_cache(maxsize=256)
+def _pattern_of(fields: tuple, middle_blocks: tuple, random: tuple | None) -> BlockPattern:
+    num_blocks, block_size, window, num_leading, num_trailing, first_block_extra, num_full, is_causal = fields
+    return BlockPattern(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        window=window,
+        num_leading=num_leading,
+        num_trailing=num_trailing,
+        middle_blocks=middle_blocks,
+        first_block_extra=first_block_extra,
+        num_full=num_full,
+        random_blocks=None if random is None else np.frombuffer(random[0], dtype=np.int64).reshape(random[1]),
+        is_causal=bool(is_causal),
+    )

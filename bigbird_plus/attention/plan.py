@@ -1,0 +1,815 @@
+"""The plan of a call: which tokens stand where in what the layers compute, and which of them read which.
+
+Everything that a call asks of attention is decided and checked here, once. Layers hand their queries, keys and values
+to the plan, and know nothing of it. Two layouts:
+
+* The batch as it came, filled up to whole blocks where attention is sparse.
+* Packed: the documents of the batch as one row of real tokens, so that padding costs nothing. A packed document keeps
+  the positions and the part of the pattern that it has in the padded tensor; with a pattern of its own it gets those
+  that it has alone. Documents that are alike stand next to each other, and are read together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import full, masks
+from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks, runs
+from .documents import document_starts, first_tokens, same_document_mask
+from .engines import Call, Choice, choose_engine, is_engine
+from .global_tokens import GlobalTokens, find_global_tokens
+from .impl import gather, reference
+from .impl.gather import Piece
+from .masks import NO_MASK, FullMask
+from .pattern import BlockPattern, Sparsity
+
+
+class Tokens(NamedTuple):
+    """What a call brings.
+
+    batch: sequences.
+    places: `int64`, `[length]`: places of the tokens among the keys.
+    dtype: what hidden states consist of.
+    attention_mask, global_attention_mask, position_ids: as the user gave them.
+    past: how many tokens a cache already holds.
+    keys: how many keys there are, free places of a cache included; None without a cache.
+    has_documents: whether rows hold several documents, as `position_ids` tell.
+    """
+
+    batch: int
+    places: Tensor
+    dtype: torch.dtype
+    attention_mask: Tensor | None = None
+    global_attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    past: int | Tensor = 0
+    keys: int | None = None
+    has_documents: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self.places.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.places.device
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether there is a cache, filled or not."""
+        return self.keys is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts: what is read together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents that are read alike. In a packed row there are so many `documents` of `size` places from `start` on;
+    else they are the whole batch."""
+
+    start: int = 0
+    size: int = 0
+    documents: int = 0
+
+    @property
+    def end(self) -> int:
+        """The place behind them."""
+        return self.start + self.documents * self.size
+
+    def take(self, row: Tensor) -> Tensor:
+        """`[1, heads, row, dim]` -> `[documents, heads, size, dim]`: a view."""
+        return row[0, :, self.start : self.end].unflatten(1, (self.documents, self.size)).transpose(0, 1)
+
+    def some(self, documents: slice) -> "Part":
+        """Some of the documents. Those of a packed row stay where they are."""
+        start, stop, _ = documents.indices(self.documents)
+        return replace(self, start=self.start + start * self.size, documents=stop - start)
+
+
+@dataclass(frozen=True)
+class FullPart(Part):
+    """Documents whose tokens read each other in full."""
+
+    mask: FullMask = NO_MASK
+    implementation: str = "eager"
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
+        """See `Plan.attend`."""
+        how = {"implementation": self.implementation, "output_attentions": output_attentions}
+        return full.attend(module, query, key, value, self.mask, **how)
+
+    def some(self, documents: slice) -> "FullPart":
+        mask = FullMask(*(t if t is None or t.shape[0] == 1 else t[documents] for t in self.mask))
+        return replace(super().some(documents), mask=mask)
+
+
+@dataclass(frozen=True)
+class SparsePart(Part):
+    """Documents that are read sparsely, each of them a part of an input of `num_blocks` blocks that begins with the
+    block `first_block`.
+
+    key_mask: `bool`, `[documents, size and extra tokens]`, False for padding; None where there is none.
+    global_tokens: single tokens that read everything and are read by all; None for none.
+    """
+
+    sparsity: Sparsity | None = None
+    choice: Choice | None = None
+    num_blocks: int = 0
+    first_block: int = 0
+    is_causal: bool = False
+    key_mask: Tensor | None = None
+    global_tokens: GlobalTokens | None = None
+
+    def whole_pattern(self, layer_idx: int, training: bool) -> BlockPattern:
+        """That of the input of which each document is a part."""
+        if self.is_causal:
+            return self.sparsity.causal_pattern(self.num_blocks, layer_idx=layer_idx)
+        return self.sparsity.pattern(self.num_blocks, layer_idx=layer_idx, training=training)
+
+    def pattern(self, layer_idx: int, training: bool) -> BlockPattern:
+        """Which block of a document reads which."""
+        pattern = self.whole_pattern(layer_idx, training)
+        if not self.documents:
+            return pattern
+        return pattern.cut(self.first_block, self.first_block + self.size // self.sparsity.block_size)
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
+        """See `Plan.attend`. Asking a linear engine for probabilities computes them besides: the context stays the
+        same to the bit."""
+        pattern = self.pattern(module.layer_idx, module.training).for_heads(module.heads)
+        arguments = (query, key, value, pattern, self.key_mask, self.global_tokens)
+        if self.choice.engine is reference:
+            context, probabilities = reference.attention(*arguments, scaling=module.scaling)
+            return context, probabilities if output_attentions else None
+        context = self.choice.engine.forward(*arguments, scaling=module.scaling)
+        if not output_attentions:
+            return context, None
+        return context, reference.attention(*arguments, scaling=module.scaling)[1]
+
+    def some(self, documents: slice) -> "SparsePart":
+        key_mask = None if self.key_mask is None else self.key_mask[documents]
+        tokens = None if self.global_tokens is None else self.global_tokens.of_documents(documents)
+        return replace(super().some(documents), key_mask=key_mask, global_tokens=tokens)
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """A decoder's batch, read sparsely, perhaps as a piece that goes on where a cache ends.
+
+    choice: the engine for whole inputs.
+    piece: where the tokens stand.
+    num_keys: keys to take notice of; a static cache has more while it is being filled from the start.
+    from_start: whether the input has no past.
+    key_mask: `bool`, `[batch, num_keys]`, False for padding; None where there is none behind the first real token.
+    """
+
+    sparsity: Sparsity
+    choice: Choice
+    piece: Piece
+    num_keys: int
+    from_start: bool
+    key_mask: Tensor | None
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
+        """See `Plan.attend`. The context of padding is zero."""
+        num_blocks = count_blocks(self.num_keys, self.sparsity.block_size)
+        pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
+        is_eager = self.choice.engine is reference
+        context = probabilities = None
+        if is_eager or output_attentions:
+            context, probabilities = self._by_definition(query, key, value, pattern, module.scaling)
+        if not is_eager:
+            attend = self._from_start if self.from_start else self._from_cache
+            context = attend(query, key, value, pattern, module.scaling)
+            is_real = self._is_real()
+            context = context if is_real is None else context.masked_fill(~is_real[:, None, :, None], 0)
+        return context, probabilities if output_attentions else None
+
+    def _is_real(self) -> Tensor | None:
+        """`bool`, `[batch, queries]`: which of the input's tokens are not padding; None for all."""
+        places, offset = self.piece.positions, self.piece.offset
+        if self.key_mask is not None:
+            return self.key_mask[:, places]
+        return None if offset is None else places >= offset[:, None]
+
+    def _by_definition(self, query, key, value, pattern, scaling):
+        """Free places of a static cache get probabilities, too: zeros."""
+        key_mask = self.key_mask
+        if key_mask is not None:
+            key_mask = nn.functional.pad(key_mask, (0, key.shape[2] - self.num_keys))
+        how = {"places": self.piece.positions, "offset": self.piece.offset, "key_mask": key_mask}
+        return reference.causal_attention(query, key, value, pattern, **how, scaling=scaling)
+
+    def _from_start(self, query, key, value, pattern, scaling):
+        """Engines count blocks from the first place, so left padding is moved behind the tokens, and back. There no
+        token reads it, nor what fills up the last block."""
+        tensors = [query, *(tensor[:, :, : self.num_keys] for tensor in (key, value))]
+        key_mask, offset, block_size = self.key_mask, self.piece.offset, self.sparsity.block_size
+        if offset is not None:
+            tensors = [_rotate(tensor, offset, dim=2) for tensor in tensors]
+            key_mask = None if key_mask is None else _rotate(key_mask, offset, dim=1)
+        tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
+        key_mask = None if key_mask is None else pad_to_blocks(key_mask, block_size, 1)
+        context = self.choice.engine.forward(*tensors, pattern, key_mask, None, scaling=scaling)
+        context = cut(context, self.num_keys, 2)
+        return context if offset is None else _rotate(context, self.num_keys - offset, dim=2)
+
+    def _from_cache(self, query, key, value, pattern, scaling):
+        return gather.attend_to_cache(query, key, value, pattern, self.key_mask, self.piece, scaling=scaling)
+
+
+def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
+    """Each sequence of `tensor`, whose places are dimension `dim`, moved `by[sequence]` places to the front; what
+    falls off comes in again at the end. None is moved by more places than there are."""
+    length = tensor.shape[dim]
+    source = torch.arange(length, device=tensor.device) + by[:, None] - length  # below 0: counted from the end
+    sequence = torch.arange(by.shape[0], device=tensor.device)[:, None]
+    return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """One document of a packed batch.
+
+    row: its row in the padded batch.
+    first: place of the first of its tokens there.
+    length: how many tokens are taken along, padding between them included.
+    size: places taken in the packed row: the length, filled up to whole blocks where attention is sparse.
+    num_blocks: blocks of the pattern of which this document reads a part; None if it is read in full.
+    first_block: block of that pattern with which the document begins.
+    """
+
+    row: int
+    first: int
+    length: int
+    size: int
+    num_blocks: int | None
+    first_block: int
+
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """The same for documents that are alike."""
+        return self.num_blocks or 0, self.size, self.first_block
+
+
+class Packing(NamedTuple):
+    """Where the tokens of a packed batch come from.
+
+    spans: the documents, in the order in which they are packed.
+    sources: `int64`, `[packed length]`: of each packed token, its place in the flattened padded batch.
+    is_real: `bool`, `[packed length]`, False for padding.
+    """
+
+    spans: tuple[Span, ...]
+    sources: Tensor
+    is_real: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See above.
+
+    parts: what is read together; one if the batch is not packed.
+    batch, length: the shape of the input.
+    positions: `int64`, `[1 or batch, length]`: of the position embeddings.
+    choice: the engine of sparse attention; None if nothing is read sparsely.
+    block_size: what the length is filled up to a multiple of.
+    num_extra: extra global tokens of each document, which stand behind its tokens, or behind those of a packed row.
+    kept: `bool`, `[batch, length]`: whose states are returned, the others being zero; None for all.
+    packing: None if the batch is not packed.
+    extents: `int32`, `[documents, 3]`, if the engine takes a packed row in one go, see `triton.forward_documents`.
+    """
+
+    parts: tuple[FullPart | SparsePart | DecoderPart, ...]
+    batch: int
+    length: int
+    positions: Tensor
+    choice: Choice | None = None
+    block_size: int = 1
+    num_extra: int = 0
+    kept: Tensor | None = None
+    packing: Packing | None = None
+    extents: Tensor | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are, each with extra tokens of its own."""
+        return self.batch if self.packing is None else len(self.packing.spans)
+
+    def enter(self, states: Tensor) -> Tensor:
+        """What the layers compute, without the extra tokens, of `[batch, length, ...]`."""
+        if self.packing is not None:
+            return states.flatten(0, 1)[self.packing.sources][None]
+        return pad_to_blocks(states, self.block_size, dim=1) if self.block_size > 1 else states
+
+    def leave(self, states: Tensor) -> Tensor:
+        """The reverse, with zeros for what is not kept, and without the extra tokens."""
+        if self.packing is not None:
+            padded = states.new_zeros(self.batch * self.length, *states.shape[2:])
+            is_real, sources = self.packing.is_real, self.packing.sources
+            padded = padded.index_put((sources[is_real],), states[0, : len(sources)][is_real])
+            return padded.unflatten(0, (self.batch, self.length))
+        states = cut(states, self.length, 1)
+        return states if self.kept is None else states.masked_fill(~self.kept[..., None], 0)
+
+    def leave_probabilities(self, probabilities: Tensor) -> Tensor:
+        """`[batch, heads, queries, keys]` without the rows and columns of what is no token of the input."""
+        if self.packing is None and self.block_size > 1:
+            return cut(cut(probabilities, self.length, 2), self.length, 3)
+        if self.packing is None and self.num_extra:
+            return probabilities[:, :, : self.length, : -self.num_extra]
+        return probabilities
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one layer.
+
+        Args:
+            module: the attention module: `layer_idx`, `heads`, `scaling`, `dropout`, `is_causal` and `training` are
+                asked of it.
+            query, key, value: `[batch, heads, length, head_dim]` in the layout of the plan.
+
+        Returns:
+            The context, in the shape of `query`, and the probabilities, `[batch, heads, queries, keys]`, or None
+            unless `output_attentions`.
+        """
+        if self.packing is None:
+            return self.parts[0].attend(module, query, key, value, output_attentions)
+        if self.extents is not None and not output_attentions:
+            return self._attend_at_once(module, query, key, value), None
+        taken = zip(*(self._split(tensor) for tensor in (query, key, value)), strict=True)
+        results = [
+            part.attend(module, *tensors, output_attentions) for part, tensors in zip(self.parts, taken, strict=True)
+        ]
+        probabilities = self._probabilities(query, results) if output_attentions else None
+        return self._join([context for context, _ in results]), probabilities
+
+    def _attend_at_once(self, module, query, key, value) -> Tensor:
+        pattern = self.parts[0].whole_pattern(module.layer_idx, module.training).for_heads(module.heads)
+        is_padded = any(part.key_mask is not None for part in self.parts)
+        key_mask = self.packing.is_real[None] if is_padded else None
+        forward = self.choice.engine.forward_documents
+        return forward(query, key, value, pattern, key_mask, self.extents, scaling=module.scaling)
+
+    def _split(self, row: Tensor) -> Iterator[Tensor]:
+        """`[1, heads, packed length and extra tokens, dim]` -> of each part its documents and their extra tokens."""
+        first = self.parts[-1].end
+        for part in self.parts:
+            documents = part.take(row)
+            if self.num_extra:
+                extra = Part(first, self.num_extra, part.documents)
+                documents = torch.cat((documents, extra.take(row)), dim=2)
+                first = extra.end
+            yield documents
+
+    def _join(self, contexts: list[Tensor]) -> Tensor:
+        """The reverse of `_split`."""
+        tokens = [context.transpose(1, 2) for context in contexts]
+        if self.num_extra:
+            places = [tensor[:, : part.size] for part, tensor in zip(self.parts, tokens, strict=True)]
+            tokens = [*places, *(tensor[:, part.size :] for part, tensor in zip(self.parts, tokens, strict=True))]
+        tokens = [tensor.flatten(0, 1) for tensor in tokens]
+        row = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+        return row[None].transpose(1, 2)
+
+    def _probabilities(self, query, results) -> Tensor:
+        """Those of the padded batch."""
+        found = query.new_zeros(self.batch, query.shape[1], self.length, self.length)
+        documents = (document for _, probabilities in results for document in probabilities)
+        for span, document in zip(self.packing.spans, documents, strict=True):
+            own = slice(span.first, span.first + span.length)
+            found[span.row, :, own, own] = document[:, : span.length, : span.length]
+        return found
+
+    # Streaming: some documents after others, see `BigBirdLayer.stream`.
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether the documents can be read one after another."""
+        has_global_tokens = any(getattr(part, "global_tokens", None) is not None for part in self.parts)
+        return self.choice is not None and self.choice.name == "merged" and not has_global_tokens
+
+    def shares(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
+        """Views of `states`, in the layout of the plan, that hold documents of up to `size` tokens together or a
+        longer one, each with the plan of its own."""
+        if self.packing is None:
+            for some in runs(0, self.batch, max(1, size // states.shape[1])):
+                documents = slice(some.start, some.stop)
+                yield states[documents], replace(self, parts=(self.parts[0].some(documents),), batch=len(some))
+            return
+        for parts in self._parts_of(size):
+            first = parts[0].start
+            own = tuple(replace(part, start=part.start - first) for part in parts)
+            yield states[:, first : parts[-1].end], replace(self, parts=own)
+
+    def _parts_of(self, size: int) -> Iterator[list[Part]]:
+        """Neighbouring parts, cut where they are too large, of up to `size` tokens together or of one document."""
+        gathered = []
+        for part in self.parts:
+            for some in runs(0, part.documents, max(1, size // part.size)):
+                piece = part.some(slice(some.start, some.stop))
+                if gathered and piece.end - gathered[0].start > size:
+                    yield gathered
+                    gathered = []
+                gathered.append(piece)
+        yield gathered
+
+    def only_document(self, layer_idx: int) -> tuple[BlockPattern, Tensor | None] | None:
+        """Pattern in inference and key mask of the document, if there is one alone and it is read sparsely."""
+        part = self.parts[0]
+        is_alone = len(self.parts) == 1 and (part.documents if self.packing is not None else self.batch) == 1
+        if not is_alone or not isinstance(part, SparsePart):
+            return None
+        return part.pattern(layer_idx, training=False), part.key_mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Reader(NamedTuple):
+    """The settings of a model."""
+
+    config: object
+    sparsity: Sparsity
+    tokens: Tokens
+    reads_sparsely: bool
+    chosen: Tensor | None
+
+    @property
+    def implementation(self) -> str:
+        """The name of the attention function for what is read in full."""
+        return full_implementation(self.config)
+
+    def choose_engine(self, has_global_tokens: bool) -> Choice:
+        """The engine for what is read sparsely."""
+        config, tokens = self.config, self.tokens
+        call = Call(
+            device=tokens.device,
+            dtype=tokens.dtype,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            block_size=config.block_size,
+            is_causal=config.is_decoder,
+            has_global_tokens=has_global_tokens,
+            needs_gradients=torch.is_grad_enabled(),
+        )
+        return choose_engine(config._attn_implementation, call)
+
+
+def full_implementation(config) -> str:
+    """The name of the attention function for what is read in full."""
+    name = config._attn_implementation
+    return "sdpa" if is_engine(name) else name
+
+
+def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
+    """The plan of a call.
+
+    Args:
+        config: a `BigBirdConfig`.
+        attention_type: `"block_sparse"` or `"original_full"`.
+        tokens: what the call brings.
+        keeps: whose states are wanted: of `"real"` tokens; of those and of the `"first"` place of each row, which
+            tells something of the row; or of `"all"` places. Decoders and eager attention compute all, in any case.
+
+    Raises:
+        ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
+    """
+    sparsity = Sparsity.from_config(config)
+    keys = tokens.keys if tokens.has_cache else tokens.length
+    is_long = attention_type == "block_sparse" and keys > sparsity.full_attention_length
+    reads_sparsely = is_long and (config.is_decoder or not tokens.has_cache)
+    reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
+    spans, per_document = _find_documents(reader, keeps)
+    if spans:
+        return _packed_plan(reader, spans, per_document)
+    _check_length(config, tokens, tokens.length)
+    shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
+    shape["positions"] = tokens.places[None] if tokens.position_ids is None else tokens.position_ids
+    kept = _kept(reader, keeps)
+    if reads_sparsely and torch.compiler.is_compiling() and not is_exporting():
+        _refuse_documents(tokens)
+    if not reads_sparsely:
+        part = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
+        return Plan((part,), **shape, kept=kept)
+    if config.is_decoder:
+        part = decoder_part(sparsity, tokens, reader.choose_engine(has_global_tokens=False))
+        return Plan((part,), **shape, choice=part.choice)
+    part = _sparse_part(reader)
+    return Plan((part,), **shape, choice=part.choice, block_size=config.block_size, kept=kept)
+
+
+def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
+    if tokens.global_attention_mask is not None and config.is_decoder:
+        raise ValueError(
+            "global_attention_mask is for encoders: in a decoder (is_decoder=True) a token that is read by all would "
+            "be read by earlier ones. Leave it out."
+        )
+    return masks.global_mask(tokens.global_attention_mask, tokens.batch, tokens.length)
+
+
+def _check_length(config, tokens: Tokens, length: int) -> None:
+    most, past = config.max_position_embeddings, tokens.past
+    if tokens.position_ids is None:
+        needed = past + length if isinstance(past, int) else 0
+        what = f"The input has {needed} tokens"
+    else:
+        needed = int(tokens.position_ids.max()) + 1 if may_read_values(tokens.position_ids) else 0
+        what = f"position_ids go up to {needed - 1}"
+    if needed > most:
+        raise ValueError(
+            f"{what}, but max_position_embeddings is {most}. Cut the input (truncation=True in the tokenizer), or use "
+            "a model with more positions."
+        )
+
+
+def _refuse_documents(tokens: Tokens) -> None:
+    """Lets a compiled graph, which cannot know how many documents there are, stop at rows of several."""
+    if tokens.position_ids is not None and tokens.attention_mask is None and not tokens.has_cache:
+        starts = document_starts(tokens.position_ids) & (tokens.position_ids == 0)
+        torch._assert_async(
+            ~starts.any(),
+            "position_ids start anew within a row, as those of several documents do. Under torch.compile, "
+            "block-sparse attention does not know how many there are: give cu_seq_lens_q, too, or run the model as it "
+            "is.",
+        )
+
+
+def _kept(reader: _Reader, keeps: str) -> Tensor | None:
+    """`bool`, `[batch, length]`: whose states are returned; None for all."""
+    config, tokens = reader.config, reader.tokens
+    keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
+    if keeps == "all" or keeps_all or config.is_decoder or tokens.has_cache:
+        return None
+    if tokens.attention_mask is None or tokens.attention_mask.dim() != 2:
+        return None
+    real = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
+    if real is None or config.pattern_per_document or keeps == "real":
+        return real
+    return real | (torch.arange(tokens.length, device=real.device) == 0)
+
+
+def _full_mask(reader: _Reader) -> FullMask:
+    """The mask of a batch that is read in full as it came."""
+    config, tokens, num_extra = reader.config, reader.tokens, reader.config.num_extra_global_tokens
+    attention_mask, keys = tokens.attention_mask, tokens.keys if tokens.has_cache else tokens.length
+    if is_tracing() and not tokens.has_cache and attention_mask is None and tokens.position_ids is not None:
+        attention_mask = same_document_mask(tokens.position_ids.expand(tokens.batch, -1))
+    places = tokens.places
+    if num_extra:
+        attention_mask = masks.with_extra_tokens(attention_mask, num_extra)
+        places = torch.arange(tokens.length + num_extra, device=tokens.device)
+    return masks.full_attention_mask(
+        attention_mask,
+        batch=tokens.batch,
+        heads=config.num_attention_heads,
+        query_positions=places,
+        past=tokens.past,
+        keys=keys + num_extra,
+        is_causal=config.is_decoder,
+        dtype=tokens.dtype,
+        implementation=reader.implementation,
+    )
+
+
+def _sparse_part(reader: _Reader) -> SparsePart:
+    """A batch that is read sparsely as it came."""
+    config, sparsity, tokens, chosen = reader.config, reader.sparsity, reader.tokens, reader.chosen
+    if tokens.attention_mask is not None and tokens.attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has the shape {list(tokens.attention_mask.shape)}, but block-sparse attention takes "
+            f"[batch, length]. Masks of more dimensions need attention_type='original_full'."
+        )
+    mask = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
+    part = whole_batch(sparsity, mask, tokens, chosen=chosen, num_extra=config.num_extra_global_tokens)
+    return replace(part, choice=reader.choose_engine(part.global_tokens is not None))
+
+
+def whole_batch(
+    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, *, chosen: Tensor | None, num_extra: int = 0
+) -> SparsePart:
+    """The part that is a batch as it came, without its engine: of `mask` (`bool`, or None for all) are real and
+    `chosen` (`bool`, or None for none) global, with so many extra global tokens behind the last block."""
+    block_size, batch, length = sparsity.block_size, tokens.batch, tokens.length
+    num_blocks = count_blocks(length, block_size)
+    if mask is None and (is_tracing() or length % block_size):
+        mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+    if is_exporting():  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
+        mask = mask & (torch.arange(length, device=tokens.device)[sparsity.full_attention_length] > 0)
+    if chosen is not None and mask is not None:
+        chosen = chosen & mask
+    global_tokens = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
+    if mask is not None:
+        mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)
+    return SparsePart(sparsity=sparsity, num_blocks=num_blocks, key_mask=mask, global_tokens=global_tokens)
+
+
+def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderPart:
+    """The part that is a decoder's batch, read sparsely."""
+    queries, block_size, past, places = tokens.length, sparsity.block_size, tokens.past, tokens.places
+    keys = tokens.keys if tokens.has_cache else queries
+    mask = masks.decoder_key_mask(
+        tokens.attention_mask, batch=tokens.batch, query_positions=places, past=past, keys=keys
+    )
+    offset, most_padding, is_known = None, 0, isinstance(past, int)
+    if mask is not None:
+        offset, most_padding = mask.to(torch.uint8).argmax(dim=-1), keys
+    if mask is not None and is_known and may_read_values(mask):
+        most_padding = int(offset.max())
+        if (offset + mask[:, : past + queries].sum(dim=-1) == past + queries).all():
+            mask = None
+        offset = offset if most_padding else None
+    from_start = is_known and past == 0
+    if from_start:
+        keys = queries
+        mask = None if mask is None else mask[:, :keys]
+    first = max(past - most_padding, 0) // block_size if is_known else 0
+    end = count_blocks(past + queries if is_known else keys, block_size)
+    piece = Piece(places, offset, first, end)
+    return DecoderPart(sparsity, choice, piece, keys, from_start, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _find_documents(reader: _Reader, keeps: str) -> tuple[list[Span], bool]:
+    """The documents to pack, none if packing would save nothing and change nothing; and whether each is read as it is
+    alone: counted from its first real token, with a pattern of its own, or in full where it is short enough."""
+    config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
+    if is_tracing() or tokens.has_cache:
+        return [], False
+    if tokens.has_documents:
+        rows = _documents_of_positions(tokens)
+        return _spans(reader, rows, own_patterns=True), True
+    kept = _kept(reader, keeps)
+    if kept is None or (kept & (tokens.attention_mask == 0)).any():
+        return [], False
+    per_document = config.pattern_per_document
+    real = (tokens.attention_mask != 0).cpu()
+    rows = [(row, places) for row, places in enumerate(real.unbind()) if places.any()]
+    rows = [(row, *_extent(places)) for row, places in rows]
+    spans = _spans(reader, rows, own_patterns=per_document)
+    block_size = sparsity.block_size if reader.reads_sparsely else 1
+    padded = tokens.batch * count_blocks(tokens.length, block_size) * block_size
+    if not per_document and sum(span.size for span in spans) >= padded:
+        return [], False
+    return spans, per_document
+
+
+def _extent(real: Tensor) -> tuple[int, int]:
+    """The first place, and the one behind the last, that is True in a row."""
+    places = real.nonzero().flatten()
+    return int(places[0]), int(places[-1]) + 1
+
+
+def _documents_of_positions(tokens: Tokens) -> list[tuple[int, int, int]]:
+    """Of each document its row, its first place and the one behind its last."""
+    firsts = zip(*(tensor.tolist() for tensor in first_tokens(tokens.position_ids, tokens.batch)), strict=True)
+    ends = [*firsts, (tokens.batch, 0)]
+    return [
+        (row, first, end if next_row == row else tokens.length) for (row, first), (next_row, end) in pairwise(ends)
+    ]
+
+
+def _spans(reader: _Reader, documents: list[tuple[int, int, int]], own_patterns: bool) -> list[Span]:
+    """Those of documents, as `_documents_of_positions` gives them, like ones next to each other."""
+    sparsity, length = reader.sparsity, reader.tokens.length
+    block_size = sparsity.block_size
+    spans = []
+    for row, first, end in documents:
+        sparse, num_blocks, first_block = reader.reads_sparsely, count_blocks(length, block_size), 0
+        if own_patterns:
+            sparse, num_blocks = (
+                sparse and end - first > sparsity.full_attention_length,
+                count_blocks(end - first, block_size),
+            )
+        elif sparse:
+            first_block = first // block_size
+            first, end = first_block * block_size, min(count_blocks(end, block_size) * block_size, length)
+        size = count_blocks(end - first, block_size) * block_size if sparse else end - first
+        spans.append(Span(row, first, end - first, size, num_blocks if sparse else None, first_block))
+    return sorted(spans, key=lambda span: span.kind)
+
+
+def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan:
+    tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
+    _check_length(reader.config, tokens, max(span.length for span in spans) if per_document else tokens.length)
+    packing = _pack(spans, tokens)
+    chosen = None
+    if reader.chosen is not None:
+        chosen = reader.chosen.flatten()[packing.sources] & packing.is_real
+    alike = [list(group) for _, group in groupby(spans, key=lambda span: span.kind)]
+    has_global_tokens = num_extra > 0 or (chosen is not None and bool(chosen.any()))
+    choice = reader.choose_engine(has_global_tokens)
+    parts, start = [], 0
+    for group in alike:
+        parts.append(
+            _packed_part(reader, group, Part(start, group[0].size, len(group)), packing.is_real, chosen, choice)
+        )
+        start = parts[-1].end
+    return Plan(
+        tuple(parts),
+        batch=tokens.batch,
+        length=tokens.length,
+        positions=_positions(reader, spans, per_document),
+        choice=choice,
+        num_extra=num_extra,
+        packing=packing,
+        extents=_extents(reader, spans) if hasattr(choice.engine, "forward_documents") else None,
+    )
+
+
+def _pack(spans: list[Span], tokens: Tokens) -> Packing:
+    """Where the tokens of the spans come from."""
+    total = sum(span.size for span in spans)
+    sources, is_real = torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.bool)
+    start = 0
+    for span in spans:
+        taken = slice(start, start + span.length)
+        sources[taken] = torch.arange(span.length) + span.first + span.row * tokens.length
+        is_real[taken] = True
+        start += span.size
+    sources, is_real = sources.to(tokens.device), is_real.to(tokens.device)
+    if tokens.attention_mask is not None:
+        is_real = is_real & (tokens.attention_mask != 0).flatten()[sources]
+    return Packing(tuple(spans), sources, is_real)
+
+
+def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor:
+    """Of the position embeddings, `[1 or batch, length]`."""
+    tokens, config = reader.tokens, reader.config
+    if tokens.position_ids is not None:
+        return tokens.position_ids
+    positions = torch.arange(tokens.length, device=tokens.device)[None]
+    if not per_document:
+        return positions
+    first = torch.zeros(tokens.batch, 1, dtype=torch.int64)
+    for span in spans:
+        first[span.row] = span.first
+    return (positions - first.to(tokens.device)).clamp(0, config.max_position_embeddings - 1)  # padding gets any
+
+
+def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chosen, choice) -> FullPart | SparsePart:
+    """The part of documents that are alike."""
+    config, num_extra, tokens = reader.config, reader.config.num_extra_global_tokens, reader.tokens
+    span, where = spans[0], {"start": place.start, "size": place.size, "documents": place.documents}
+    key_mask = is_real[place.start : place.end].view(place.documents, place.size)
+    key_mask = None if may_read_values(key_mask) and key_mask.all() else key_mask
+    if key_mask is not None:
+        key_mask = nn.functional.pad(key_mask, (0, num_extra), value=True)
+    if span.num_blocks is None:
+        places = torch.arange(place.size + num_extra, device=tokens.device)
+        mask = masks.full_attention_mask(
+            key_mask,
+            batch=place.documents,
+            heads=config.num_attention_heads,
+            query_positions=places,
+            past=0,
+            keys=len(places),
+            is_causal=config.is_decoder,
+            dtype=tokens.dtype,
+            implementation=reader.implementation,
+        )
+        return FullPart(**where, mask=mask, implementation=reader.implementation)
+    if chosen is not None:
+        chosen = chosen[place.start : place.end].view(place.documents, place.size)
+    return SparsePart(
+        **where,
+        sparsity=reader.sparsity,
+        choice=choice,
+        num_blocks=span.num_blocks,
+        first_block=span.first_block,
+        is_causal=config.is_decoder,
+        key_mask=key_mask,
+        global_tokens=find_global_tokens(chosen, num_extra, place.documents, place.size, tokens.device),
+    )
+
+
+def _extents(reader: _Reader, spans: list[Span]) -> Tensor | None:
+    """Of documents with one pattern, what `triton.forward_documents` takes; None for others."""
+    block_size = reader.sparsity.block_size
+    if len({span.num_blocks for span in spans}) > 1 or spans[0].num_blocks is None:
+        return None
+    extents, start = [], 0
+    for span in spans:
+        end_block = span.first_block + span.size // block_size
+        extents.append((start - span.first_block * block_size, span.first_block, end_block))
+        start += span.size
+    return torch.tensor(extents, dtype=torch.int32, device=reader.tokens.device)
