@@ -1,5 +1,6 @@
 """BigBird for transformers: importing this package registers its classes with the Auto classes, and no more."""
 
+from . import _compat  # noqa: F401 (first: it keeps others quiet that transformers imports)
 from .attention import block_sparse_attention
 from .attention.pattern import BlockPattern, Sparsity
 from .auto import register, unregister
