@@ -1,10 +1,12 @@
 """The configuration of BigBird: the fields of the public checkpoints, and those that only bigbird_plus has."""
 
+import copy
 import math
 from numbers import Real
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.big_bird.configuration_big_bird import BigBirdConfig as BuiltInConfig
 
 from ._compat import CACHE
 from .attention.pattern import Sparsity, check_whole_number
@@ -166,6 +168,22 @@ class BigBirdConfig(PretrainedConfig):
             **kwargs,
         )
         self.check_fields()
+
+    @classmethod
+    def of(cls, config):
+        """`config` itself, or if it is transformers' own `BigBirdConfig`, ours with the same fields.
+
+        Raises:
+            ValueError: for any other object, and for a field whose value makes no model.
+        """
+        if isinstance(config, BigBirdConfig):
+            return config
+        if not isinstance(config, BuiltInConfig):
+            raise ValueError(f"config must be a BigBirdConfig, but is a {type(config).__name__}.")
+        own = cls()
+        own.__dict__.update(copy.deepcopy(config.__dict__))
+        own.check_fields()
+        return own
 
     def check_fields(self):
         """Raises a `ValueError` that names the first field whose value makes no model. Models call it, too, since a
