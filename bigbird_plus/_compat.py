@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 @contextmanager
 def _without_messages_of_torchao():
-    """Keeps torchao quiet while it is imported. It tells of libraries for other machines, and warns of its own code."""
+    """Keeps torchao quiet while it is imported: it tells of libraries for other machines, and of its own code."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -134,8 +134,8 @@ def replace_builtin() -> None:
 
 
 def _built_in_modules() -> list:
-    """Those that scripts import BigBird from. The first two ask the others for what they have not been asked before, so
-    they stand first: what was there is kept."""
+    """Those that scripts import BigBird from. The first two ask the others for what they lack, and so are changed
+    before them."""
     package = importlib.import_module(BUILT_IN)
     return [transformers, package, *(getattr(package, name) for name in BUILT_IN_MODULES if hasattr(package, name))]
 
