@@ -84,7 +84,7 @@ def piece_scores(pieces: list[TypedPiece]) -> list[tuple[str, float]]:
 
 
 def user_defined_score(text: str) -> float:
-    """The score of a piece that is always found. Those of normal pieces, logarithms of probabilities, are at most 0."""
+    """The score of a piece that is always found. Those of normal pieces, logarithms of probabilities, are up to 0."""
     return 0.1 * (len(text.encode()) - 1)
 
 
@@ -279,8 +279,8 @@ class BigBirdTokenizerFast(BigBirdTokenizerMixin, PreTrainedTokenizerFast):
     def train_new_from_iterator(
         self, text_iterator, vocab_size, length=None, new_special_tokens=None, special_tokens_map=None, **kwargs
     ):
-        """A tokenizer of this kind with a vocabulary for other texts. It begins with the special tokens and user-defined
-        pieces, such as `<ans>`, in their order. (In BigBird's vocabulary they come first, and so keep their ids.)
+        """A tokenizer of this kind with a vocabulary for other texts. It begins with the special tokens and the
+        user-defined pieces, such as `<ans>`. (In BigBird's vocabulary they come first, too, and so keep their ids.)
 
         Args:
             text_iterator: the texts, as an iterator of strings or of lists of them.
