@@ -1,10 +1,34 @@
 """What differs between the versions of transformers that we support, each told by the feature, not by the number."""
 
+import importlib
 import inspect
+import logging
+import warnings
+from contextlib import contextmanager
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+
+@contextmanager
+def _without_messages_of_torchao():
+    """Keeps torchao quiet while it is imported: it tells of libraries for other machines, and of its own code."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r".*\btorchao\b")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+with _without_messages_of_torchao():
+    importlib.import_module("transformers.modeling_utils")  # imports torchao, where that is installed
 
 _MASK_SIZES_TAKE_POSITIONS = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import transformers
@@ -11,12 +14,14 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto import configuration_auto, tokenization_auto
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import configuration_big_bird, modeling_big_bird, modeling_heads
 from .attention.engines import AUTOMATIC, name_to_transformers
-from .configuration_big_bird import BigBirdConfig
+from .configuration_big_bird import BigBirdConfig, BuiltInConfig
 from .modeling_big_bird import BigBirdModel
 from .modeling_heads import (
     BigBirdForCausalLM,
@@ -45,6 +50,15 @@ AUTO_MODELS = {
     "AutoModelWithLMHead": BigBirdForMaskedLM,  # transformers 4 only
 }
 
+PEFT_TABLES = "peft.utils.constants"
+BUILT_IN = "transformers.models.big_bird"
+BUILT_IN_MODULES = (
+    "configuration_big_bird",
+    "modeling_big_bird",
+    "tokenization_big_bird",
+    "tokenization_big_bird_fast",  # transformers 4 only
+)
+
 _MISSING = object()
 _replaced: list[tuple[dict, Any, Any]] = []  # table, key, what was there (_MISSING: nothing)
 
@@ -55,7 +69,7 @@ def auto_classes() -> dict[type, type]:
 
 
 def tables() -> list[dict]:
-    """Every table that `register` writes to."""
+    """Every table of transformers that `register` writes to, and those of PEFT that are there by now."""
     auto_mappings = [auto_class._model_mapping for auto_class in auto_classes()]
     lazy_mappings = [configuration_auto.CONFIG_MAPPING, tokenization_auto.TOKENIZER_MAPPING, *auto_mappings]
     names = ("TOKENIZER_MAPPING_NAMES", "REGISTERED_TOKENIZER_CLASSES", "REGISTERED_FAST_ALIASES")  # the last two: 5.x
@@ -66,50 +80,119 @@ def tables() -> list[dict]:
 
 
 def peft_tables() -> list[dict]:
-    """PEFT's tables of the layers that adapters go to, a table a method, by `model_type`. None without PEFT."""
-    try:
-        from peft.utils import constants
-    except ImportError:
-        return []
-    return [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_") and "bert" in table]
+    """PEFT's tables of the layers that adapters go to, a table a method, by `model_type`. None before PEFT is
+    imported."""
+    constants = vars(sys.modules[PEFT_TABLES]) if PEFT_TABLES in sys.modules else {}
+    return [table for name, table in constants.items() if name.startswith("TRANSFORMERS_") and "bert" in table]
 
 
 def register() -> None:
     """Make the Auto classes (and so pipelines) use this package for `model_type` "big_bird". Idempotent.
 
-    `transformers.BigBirdModel` and its like stay what they are.
+    That includes configurations of transformers' own class, from which our models take the fields.
+    `transformers.BigBirdModel` and its like stay what they are: see `replace_builtin`.
     """
     if _replaced:
         return
     before = [(table, dict(table)) for table in tables()]
     AutoConfig.register(BigBirdConfig.model_type, BigBirdConfig, exist_ok=True)
-    for auto_class, model_class in auto_classes().items():
-        auto_class.register(BigBirdConfig, model_class, exist_ok=True)
-    AutoTokenizer.register(
-        BigBirdConfig,
-        slow_tokenizer_class=BigBirdTokenizer,
-        fast_tokenizer_class=BigBirdTokenizerFast,
-        exist_ok=True,
-    )
+    for config_class in (BigBirdConfig, BuiltInConfig):
+        for auto_class, model_class in auto_classes().items():
+            auto_class.register(config_class, model_class, exist_ok=True)
+        AutoTokenizer.register(
+            config_class,
+            slow_tokenizer_class=BigBirdTokenizer,
+            fast_tokenizer_class=BigBirdTokenizerFast,
+            exist_ok=True,
+        )
     prefer_registered_tokenizers()
     register_pipeline()
     for name in AUTOMATIC:
         name_to_transformers(name)
-    for table in peft_tables():
-        table.setdefault(BigBirdConfig.model_type, table["bert"])  # the layers have BERT's names
     for table, old in before:
         changed = (key for key, value in table.items() if value is not old.get(key, _MISSING))
         _replaced.extend((table, key, old.get(key, _MISSING)) for key in changed)
+    if PEFT_TABLES in sys.modules:
+        fill_peft_tables()
+    else:
+        sys.meta_path.insert(0, _peft_watcher)
 
 
 def unregister() -> None:
-    """Put back what `register` found. Idempotent."""
+    """Put back what `register` and `replace_builtin` found. Idempotent."""
+    if _peft_watcher in sys.meta_path:
+        sys.meta_path.remove(_peft_watcher)
     while _replaced:
         table, key, value = _replaced.pop()
         if value is _MISSING:
             table.pop(key, None)
         else:
             table[key] = value
+
+
+def replace_builtin() -> None:
+    """Register, and put our classes in the place of transformers' own BigBird: whoever imports `BigBirdModel` or its
+    like from `transformers` or `transformers.models.big_bird` from now on gets ours. Idempotent; `unregister` undoes
+    it.
+
+    `python -m bigbird_plus` calls this, for scripts that name the classes.
+    """
+    register()
+    for module in _built_in_modules():
+        for name, ours in _counterparts().items():
+            if hasattr(module, name) and getattr(module, name) is not ours:
+                _put(vars(module), name, ours)
+
+
+def _built_in_modules() -> list:
+    """Those that scripts import BigBird from. The first two ask the others for what they lack, and so are changed
+    before them."""
+    package = importlib.import_module(BUILT_IN)
+    return [transformers, package, *(getattr(package, name) for name in BUILT_IN_MODULES if hasattr(package, name))]
+
+
+def _counterparts() -> dict[str, type]:
+    """Our classes by their names. The tokenizer without an ending is a fast one in some versions of transformers."""
+    modules = (configuration_big_bird, modeling_big_bird, modeling_heads)
+    classes = {name: value for module in modules for name, value in vars(module).items() if name.startswith("BigBird")}
+    theirs = importlib.import_module(f"{BUILT_IN}.tokenization_big_bird").BigBirdTokenizer
+    is_fast = issubclass(theirs, PreTrainedTokenizerFast)
+    classes["BigBirdTokenizer"] = BigBirdTokenizerFast if is_fast else BigBirdTokenizer
+    return {**classes, "BigBirdTokenizerFast": BigBirdTokenizerFast}
+
+
+def _put(table: dict, key: Any, value: Any) -> None:
+    """Writes to a table as `unregister` can undo."""
+    _replaced.append((table, key, table.get(key, _MISSING)))
+    table[key] = value
+
+
+def fill_peft_tables() -> None:
+    """Let PEFT find the layers that adapters go to: they have BERT's names."""
+    for table in peft_tables():
+        if BigBirdConfig.model_type not in table:
+            _put(table, BigBirdConfig.model_type, table["bert"])
+
+
+class _PeftWatcher(MetaPathFinder):
+    """Fills PEFT's tables as they are imported. (To import PEFT for that would take longer than all the rest.)"""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != PEFT_TABLES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_fill(module):
+            execute(module)
+            fill_peft_tables()
+
+        spec.loader.exec_module = execute_and_fill
+        return spec
+
+
+_peft_watcher = _PeftWatcher()
 
 
 def register_pipeline() -> None:

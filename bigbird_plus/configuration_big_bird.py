@@ -1,15 +1,42 @@
 """The configuration of BigBird: the fields of the public checkpoints, and those that only bigbird_plus has."""
 
+import copy
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.big_bird.configuration_big_bird import BigBirdConfig as BuiltInConfig
 
 from ._compat import CACHE
 from .attention.pattern import Sparsity, check_whole_number
 
 ATTENTION_TYPES = ("block_sparse", "original_full")
+WHOLE_NUMBERS = {
+    "vocab_size": 1,
+    "hidden_size": 0,  # none yet; a model wants one
+    "num_hidden_layers": 0,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "max_position_embeddings": 1,
+    "type_vocab_size": 1,
+    "num_extra_global_tokens": 0,
+    "chunk_size_feed_forward": 0,
+}
+"""Fields that hold a whole number, with the least that makes a model."""
+FLAGS = (
+    "use_cache",
+    "use_bias",
+    "rescale_embeddings",
+    "eval_random_blocks",
+    "different_layout_per_head",
+    "global_question_tokens",
+    "pattern_per_document",
+    "sparse_prediction",
+    "is_decoder",
+    "add_cross_attention",
+    "tie_word_embeddings",
+)
 
 
 class BigBirdConfig(PretrainedConfig):
@@ -167,24 +194,32 @@ class BigBirdConfig(PretrainedConfig):
         )
         self.check_fields()
 
+    @classmethod
+    def of(cls, config):
+        """`config` itself, or if it is transformers' own `BigBirdConfig`, ours with the same fields.
+
+        Raises:
+            ValueError: for any other object, and for a field whose value makes no model.
+        """
+        if isinstance(config, BigBirdConfig):
+            return config
+        if not isinstance(config, BuiltInConfig):
+            raise ValueError(f"config must be a BigBirdConfig, but is a {type(config).__name__}.")
+        own = cls()
+        own.__dict__.update(copy.deepcopy(config.__dict__))
+        own.check_fields()
+        return own
+
     def check_fields(self):
         """Raises a `ValueError` that names the first field whose value makes no model. Models call it, too, since a
         configuration can be changed after it was made."""
         check_attention_type(self.attention_type)
-        whole_numbers = {
-            "vocab_size": 1,
-            "hidden_size": 0,  # none yet; a model wants one
-            "num_hidden_layers": 0,
-            "num_attention_heads": 1,
-            "intermediate_size": 1,
-            "max_position_embeddings": 1,
-            "type_vocab_size": 1,
-            "num_extra_global_tokens": 0,
-        }
-        for field, least in whole_numbers.items():
+        for field, least in WHOLE_NUMBERS.items():
             check_whole_number(field, getattr(self, field), least)
         if self.random_plan_positions is not None:
             check_whole_number("random_plan_positions", self.random_plan_positions, 1)
+        for field in FLAGS:
+            check_flag(field, getattr(self, field))
         Sparsity.from_config(self)
         if self.is_decoder:
             self._check_decoder()
@@ -199,11 +234,24 @@ class BigBirdConfig(PretrainedConfig):
             check_number("classifier_dropout", self.classifier_dropout, most=1)
         for field in ("initializer_range", "layer_norm_eps"):
             check_number(field, getattr(self, field))
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), but is {self.pad_token_id}.")
+        self._check_token_ids()
         check_activation("hidden_act", self.hidden_act)
         if self.classifier_activation is not None:
             check_activation("classifier_activation", self.classifier_activation)
+
+    def _check_token_ids(self):
+        """Only the embeddings need one of these ids: that of padding, which may count from the end as in torch."""
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"):
+            value = getattr(self, field)
+            several = value if field == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
+            if not all(one is None or is_whole_number(one) for one in several):
+                raise ValueError(f"{field} must be a whole number or None, but is {value!r}.")
+        pad = self.pad_token_id
+        if pad is not None and not -self.vocab_size <= pad < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be below vocab_size ({self.vocab_size}), but is {pad}. Of "
+                "negative ones, which count from the end, -vocab_size is the least."
+            )
 
     def _check_decoder(self):
         """Raises a `ValueError` for what lets a token read later ones."""
@@ -233,16 +281,27 @@ class BigBirdConfig(PretrainedConfig):
     __hash__ = None  # configurations can be changed
 
 
+def is_whole_number(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_number(name, value, most=math.inf):
-    """Raises a `ValueError` that names the field unless `value` is a number from 0 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
-        limits = "of at least 0" if most == math.inf else f"between 0 and {most}"
+    """Raises a `ValueError` that names the field unless `value` is a finite number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most or math.isinf(value):
+        limits = "of at least 0, and finite" if most == math.inf else f"between 0 and {most}"
         raise ValueError(f"{name} must be a number {limits}, but is {value!r}.")
+
+
+def check_flag(name, value):
+    """Raises a `ValueError` that names the field unless `value` is True or False. (A string would be true.)"""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, but is {value!r}.")
 
 
 def check_activation(name, value):
     """Raises a `ValueError` that names the field unless `value` is an activation, or the name of one."""
-    if not callable(value) and value not in ACT2FN:
+    is_known = value in ACT2FN if isinstance(value, str) else callable(value) and not isinstance(value, type)
+    if not is_known:
         raise ValueError(
             f"{name} must be a callable or the name of an activation of transformers, but is {value!r}. "
             "Names are the keys of transformers.activations.ACT2FN."

@@ -63,6 +63,14 @@ SPECIAL_TOKENS = ("pad", "bos", "eos", "sep")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
 GOOGLE_VOCABULARY = Path(__file__).parent / "data" / "spiece.model"
+GOOGLE_NEEDED = (
+    "bert/embeddings/word_embeddings",
+    "bert/embeddings/position_embeddings",
+    "bert/embeddings/token_type_embeddings",
+    "bert/encoder/layer_0/attention/self/query/kernel",
+    "bert/encoder/layer_0/intermediate/dense/bias",
+)
+"""Variables whose shapes tell what the model is like."""
 HEAD_SIZE = 64  # of all models that Google has published
 
 WORDS = "bert.embeddings.word_embeddings.weight"
@@ -334,14 +342,15 @@ def _has_file(source, name) -> bool:
 
 def _from_google(checkpoint, architecture) -> Source:
     variables = read_index(checkpoint)
+    for name in GOOGLE_NEEDED:
+        if name not in variables:
+            raise ValueError(f"{checkpoint} is no checkpoint of BigBird: it has no {name}.")
     names = {_rename(name, GOOGLE_NAMES): name for name in variables}
     weights = {
         ours: _google_weight(name, variables[name].load())
         for ours, name in names.items()
         if ours.endswith((".weight", ".bias"))  # the others belong to an optimizer
     }
-    if WORDS not in weights:
-        raise ValueError(f"{checkpoint} is no checkpoint of BigBird: it has no bert/embeddings/word_embeddings.")
     fields = _google_fields(weights)
     heads = variables["bert/encoder/layer_0/attention/self/query/kernel"].shape[1:-1]
     if heads:

@@ -400,6 +400,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config, *args, **kwargs):
+        config = BigBirdConfig.of(config)  # which the models take from `self.config`
         super().__init__(config, *args, **kwargs)
         config.check_fields()
         check_whole_number("hidden_size", config.hidden_size, 1)
@@ -491,6 +492,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
 
     def __init__(self, config, add_pooling_layer=True):
         super().__init__(config)
+        config = self.config
         if config.add_cross_attention and not config.is_decoder:
             raise ValueError("add_cross_attention=True needs is_decoder=True: an encoder reads no other encoder.")
         self.attention_type = config.attention_type

@@ -222,6 +222,7 @@ class BigBirdForPreTraining(_LanguageModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         refuse_decoder(self)
         self.bert = BigBirdModel(config)
         self.cls = BigBirdPreTrainingHeads(config)
@@ -283,6 +284,7 @@ class BigBirdForMaskedLM(_LanguageModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.bert = BigBirdModel(config)
         self.cls = BigBirdOnlyMLMHead(config)
         freeze_pooler(self.bert)
@@ -349,6 +351,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         if not config.is_decoder:
             logger.warning_once(
                 "BigBirdForCausalLM reads later tokens, too, unless its configuration has is_decoder=True: pass "
@@ -456,6 +459,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         refuse_decoder(self)
         self.num_labels = config.num_labels
         self.bert = BigBirdModel(config)
@@ -529,6 +533,7 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         refuse_decoder(self)
         self.bert = BigBirdModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -587,6 +592,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.num_labels = config.num_labels
         self.bert = BigBirdModel(config)
         self.dropout = classifier_dropout(config)
@@ -670,6 +676,7 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
     def __init__(self, config, add_pooling_layer=False):
         config.num_labels = 2  # start and end
         super().__init__(config)
+        config = self.config
         self.bert = BigBirdModel(config, add_pooling_layer=add_pooling_layer)
         self.qa_classifier = BigBirdForQuestionAnsweringHead(config)
         freeze_pooler(self.bert)

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .crc32c import masked_crc32c
+
 FOOTER_SIZE = 48
+BLOCK_TRAILER_SIZE = 5  # a byte for the compression, and a checksum
 TABLE_MAGIC = 0xDB4775248B80FB57
 UNCOMPRESSED = 0
 
@@ -33,30 +36,36 @@ DTYPES = {
 
 # Field numbers of the protocol buffers BundleHeaderProto, BundleEntryProto, and TensorShapeProto with its Dim.
 HEADER_NUM_SHARDS, HEADER_ENDIANNESS = 1, 2
-ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_SHARD, ENTRY_OFFSET, ENTRY_SIZE, ENTRY_SLICES = 1, 2, 3, 4, 5, 7
+ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_SHARD, ENTRY_OFFSET, ENTRY_SIZE, ENTRY_CHECKSUM, ENTRY_SLICES = range(1, 8)
 SHAPE_DIM, DIM_SIZE = 2, 1
 
 
 class Variable(NamedTuple):
-    """Where a variable is: `size` bytes at `offset` of the file `path`."""
+    """Where a variable is: `size` bytes at `offset` of the file `path`, with a checksum."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     size: int
+    checksum: int
 
     def load(self) -> Tensor:
         """The numbers.
 
         Raises:
-            ValueError: if the file ends before them.
+            ValueError: if the file is damaged: it ends before them, or they are not those that were written.
         """
+        damage = f"{self.path} is damaged or not complete: a variable of {self.size} bytes at byte {self.offset}"
+        if self.size != math.prod(self.shape) * self.dtype.itemsize:
+            raise ValueError(f"{damage} has the shape {list(self.shape)}.")
+        if self.path.stat().st_size < self.offset + self.size:
+            raise ValueError(f"{damage} is cut off.")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             content = bytearray(file.read(self.size))
-        if len(content) != self.size or self.size != math.prod(self.shape) * self.dtype.itemsize:
-            raise ValueError(f"{self.path} is damaged or not complete: a variable of {self.size} bytes is cut off.")
+        if masked_crc32c(content) != self.checksum:
+            raise ValueError(f"{damage} does not have its checksum.")
         if not content:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
@@ -85,16 +94,22 @@ def read_index(prefix) -> dict[str, Variable]:
     """The variables of the checkpoint `<prefix>.index`, by name. Variables of text are left out.
 
     Raises:
-        ValueError: if the file is no index of a checkpoint, or one of a kind that is not read here.
+        ValueError: if the file is damaged, no index of a checkpoint, or one of a kind that is not read here.
     """
     path = Path(f"{prefix}.index")
-    table = _read_table(path)
+    try:
+        return _read_variables(prefix, _read_table(path), path)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:  # numbers that lead nowhere
+        raise ValueError(f"{path} is damaged, or no index of a TensorFlow checkpoint: {error!r}") from error
+
+
+def _read_variables(prefix, table: dict[bytes, bytes], path: Path) -> dict[str, Variable]:
     header = _fields(table.pop(b"", b""))
     if HEADER_NUM_SHARDS not in header:
         raise ValueError(f"{path} is no index of a TensorFlow checkpoint: it has no header.")
     if header.get(HEADER_ENDIANNESS, [0]) != [0]:
         raise ValueError(f"{path} belongs to a checkpoint of a big-endian machine, which cannot be read here.")
-    (num_shards,) = header[HEADER_NUM_SHARDS]
+    num_shards = header[HEADER_NUM_SHARDS][0]
     variables = {}
     for key, value in table.items():
         entry = _fields(value)
@@ -116,6 +131,7 @@ def _variable(prefix, entry, num_shards) -> Variable:
         shape=tuple(_fields(dim).get(DIM_SIZE, [0])[0] for dim in dims),
         offset=number(ENTRY_OFFSET),
         size=number(ENTRY_SIZE),
+        checksum=int.from_bytes(entry[ENTRY_CHECKSUM][0], "little"),
     )
 
 
@@ -138,8 +154,10 @@ def _block_entries(path, content: bytes, handle: bytes):
     """Yields the keys and values of the block whose offset and size are encoded in `handle`."""
     start, position = _varint(handle, 0)
     size, _ = _varint(handle, position)
-    block = content[start : start + size]
-    if content[start + size] != UNCOMPRESSED:
+    block, trailer = _take(content, start, size), _take(content, start + size, BLOCK_TRAILER_SIZE)
+    if masked_crc32c(block + trailer[:1]) != int.from_bytes(trailer[1:], "little"):
+        raise ValueError(f"{path} is damaged: its block at byte {start} does not have its checksum.")
+    if trailer[0] != UNCOMPRESSED:
         raise ValueError(f"{path} is compressed, which cannot be read here. TensorFlow itself writes no such index.")
     num_restarts = int.from_bytes(block[-4:], "little")
     end = size - 4 * (num_restarts + 1)
@@ -148,10 +166,9 @@ def _block_entries(path, content: bytes, handle: bytes):
         shared, position = _varint(block, position)
         added, position = _varint(block, position)
         length, position = _varint(block, position)
-        key = key[:shared] + block[position : position + added]
-        position += added
-        yield key, block[position : position + length]
-        position += length
+        key = _take(key, 0, shared) + _take(block, position, added)
+        yield key, _take(block, position + added, length)
+        position += added + length
 
 
 def _fields(message: bytes) -> dict[int, list]:
@@ -166,9 +183,16 @@ def _fields(message: bytes) -> dict[int, list]:
             length = {1: 8, 5: 4}.get(wire_type)
             if length is None:
                 length, position = _varint(message, position)
-            value, position = message[position : position + length], position + length
+            value, position = _take(message, position, length), position + length
         fields.setdefault(number, []).append(value)
     return fields
+
+
+def _take(content: bytes, start: int, size: int) -> bytes:
+    taken = content[start : start + size]
+    if len(taken) != size:
+        raise IndexError(f"{size} bytes at {start} of {len(content)}")
+    return taken
 
 
 def _varint(content: bytes, position: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from .tokenization_big_bird import (
     MODEL_MAX_LENGTH,
@@ -76,10 +77,32 @@ def piece_scores(pieces: list[TypedPiece]) -> list[tuple[str, float]]:
 
     def score_of(text: str, score: float, kind: int) -> float:
         if kind == Piece.USER_DEFINED:
-            return 0.1 * (len(text.encode()) - 1)
+            return user_defined_score(text)
         return score if kind == Piece.NORMAL else (lowest - 10.0) * len(text)
 
     return [(text, score_of(text, score, kind)) for text, score, kind in pieces]
+
+
+def user_defined_score(text: str) -> float:
+    """The score of a piece that is always found. Those of normal pieces, logarithms of probabilities, are up to 0."""
+    return 0.1 * (len(text.encode()) - 1)
+
+
+def user_defined_pieces(backend: Tokenizer) -> list[str]:
+    """The user-defined pieces of a Unigram model, of two bytes or more, that are no added tokens of the backend."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    vocab = json.loads(backend.to_str())["model"]["vocab"]
+    return [text for text, score in vocab if score > 0 and text not in added]
+
+
+def as_user_defined(backend: Tokenizer, pieces: set[str]) -> Tokenizer:
+    """The backend with `pieces` as user-defined pieces of its Unigram model, instead of added tokens."""
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in pieces]
+    spec["model"]["vocab"] = [
+        (text, user_defined_score(text) if text in pieces else score) for text, score in spec["model"]["vocab"]
+    ]
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def text_decoder(mask_token: str | None) -> decoders.Decoder:
@@ -252,6 +275,29 @@ class BigBirdTokenizerFast(BigBirdTokenizerMixin, PreTrainedTokenizerFast):
             pair=[*single, "$B:1", f"{sep}:1"],
             special_tokens=[(cls, self.cls_token_id), (sep, self.sep_token_id)],
         )
+
+    def train_new_from_iterator(
+        self, text_iterator, vocab_size, length=None, new_special_tokens=None, special_tokens_map=None, **kwargs
+    ):
+        """A tokenizer of this kind with a vocabulary for other texts. It begins with the special tokens and the
+        user-defined pieces, such as `<ans>`. (In BigBird's vocabulary they come first, too, and so keep their ids.)
+
+        Args:
+            text_iterator: the texts, as an iterator of strings or of lists of them.
+            vocab_size: how many pieces the vocabulary has at most, those that are kept among them.
+            length: number of texts, for the progress bar.
+            new_special_tokens: further special tokens.
+            special_tokens_map: new names of special tokens, by the old ones.
+            kwargs: arguments of `tokenizers.trainers.UnigramTrainer`.
+        """
+        template, kept = copy.deepcopy(self), user_defined_pieces(self._tokenizer)
+        template._tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in kept])
+        new = super(BigBirdTokenizerFast, template).train_new_from_iterator(
+            text_iterator, vocab_size, length, new_special_tokens, special_tokens_map, **kwargs
+        )
+        renamed = special_tokens_map or {}
+        new._tokenizer = as_user_defined(new._tokenizer, {renamed.get(piece, piece) for piece in kept})
+        return new
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copy `spiece.model` into an existing folder and return its path in a tuple.

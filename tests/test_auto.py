@@ -5,19 +5,25 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 import bigbird_plus
 from bigbird_plus import auto
 
-from .peers import tiny_settings
+from .peers import MODELS, tiny_settings
 
 
 @pytest.fixture
 def registered():
     yield
     bigbird_plus.register()
+
+
+def run_script(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def snapshot():
@@ -76,8 +82,7 @@ model = transformers.AutoModel.from_config(transformers.BigBirdConfig(
     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=37))
 assert type(model).__module__.startswith("transformers."), type(model)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script(script)
 
 
 def test_a_folder_leads_to_our_classes(checkpoint):
@@ -97,3 +102,128 @@ def test_a_checkpoint_keeps_a_tokenizer_of_another_kind(tmp_path):
 def test_the_built_in_classes_stay_at_hand():
     assert transformers.BigBirdModel is not bigbird_plus.BigBirdModel
     assert transformers.BigBirdModel.__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_configuration_of_transformers_makes_our_model(name):
+    """With the same fields, in a configuration of ours that all parts share; the one that was given stays as it is."""
+    theirs = transformers.BigBirdConfig(**tiny_settings(hidden_act="relu", num_labels=2), our_own=[1])
+    before = theirs.to_dict()
+    model = getattr(bigbird_plus, name)(theirs)
+    assert theirs.to_dict() == before
+    assert type(model.config) is bigbird_plus.BigBirdConfig
+    assert model.config.our_own == [1]
+    assert all(
+        part.config is model.config for part in model.modules() if isinstance(part, transformers.PreTrainedModel)
+    )
+    expected = bigbird_plus.BigBirdConfig(**tiny_settings(hidden_act="relu"), our_own=[1])
+    assert model.config.to_dict() == expected.to_dict()
+    peer = getattr(transformers, name)(theirs)
+    assert type(peer).__module__.startswith("transformers.")
+    peer.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("config", [transformers.BertConfig(), {"hidden_size": 24}, None])
+def test_any_other_configuration_is_refused(config):
+    with pytest.raises(ValueError, match=f"must be a BigBirdConfig, but is a {type(config).__name__}"):
+        bigbird_plus.BigBirdModel(config)
+
+
+def test_auto_classes_take_configurations_of_transformers(checkpoint):
+    config = transformers.BigBirdConfig(**tiny_settings())
+    for auto_class, model_class in auto.auto_classes().items():
+        assert type(auto_class.from_config(config)) is model_class, auto_class
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    config = transformers.BigBirdConfig.from_pretrained(checkpoint, block_size=32)
+    model = AutoModelForMaskedLM.from_pretrained(checkpoint, config=config)
+    assert type(model) is bigbird_plus.BigBirdForMaskedLM
+    assert type(model.config) is bigbird_plus.BigBirdConfig
+    assert model.config.block_size == 32
+    assert model.config.name_or_path == str(checkpoint)
+    assert type(AutoTokenizer.from_pretrained(checkpoint, config=config)) is bigbird_plus.BigBirdTokenizerFast
+    ids = torch.arange(5)[None]
+    expected = AutoModelForMaskedLM.from_pretrained(checkpoint, block_size=32)(ids).logits
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_built_in_classes_load_as_ever(checkpoint):
+    """With everything of ours registered."""
+    model = transformers.BigBirdModel.from_pretrained(checkpoint)
+    assert type(model).__module__.startswith("transformers.")
+    assert type(model.config).__module__.startswith("transformers.")
+
+
+IMPORTS = """
+import json
+import transformers
+from transformers import BigBirdConfig, BigBirdForSequenceClassification, BigBirdTokenizer, BigBirdTokenizerFast
+from transformers.models.big_bird import BigBirdModel
+from transformers.models.big_bird.configuration_big_bird import BigBirdConfig as Config
+from transformers.models.big_bird.modeling_big_bird import BigBirdLayer, BigBirdPreTrainedModel
+from transformers.models.big_bird.tokenization_big_bird import BigBirdTokenizer as Tokenizer
+
+found = [BigBirdConfig, BigBirdForSequenceClassification, BigBirdTokenizer, BigBirdTokenizerFast, BigBirdModel, Config]
+found += [BigBirdLayer, BigBirdPreTrainedModel, Tokenizer, transformers.BigBirdForMaskedLM]
+found += [type(transformers.AutoModel.from_config(transformers.BigBirdConfig(num_hidden_layers=0, vocab_size=67)))]
+"""
+
+
+def test_replacing_the_built_in_classes():
+    """And putting them back, whether they had been asked for before or not."""
+    script = f"""
+import transformers
+asked = transformers.BigBirdForMaskedLM
+import bigbird_plus
+bigbird_plus.replace_builtin()
+bigbird_plus.replace_builtin()
+{IMPORTS}
+assert all(one.__module__.startswith("bigbird_plus.") for one in found), found
+slow_before = issubclass(BigBirdTokenizer, transformers.PreTrainedTokenizerFast)
+bigbird_plus.unregister()
+{IMPORTS}
+assert all(one.__module__.startswith("transformers.") for one in found), found
+assert asked is transformers.BigBirdForMaskedLM
+assert slow_before == issubclass(BigBirdTokenizer, transformers.PreTrainedTokenizerFast)
+bigbird_plus.register()
+{IMPORTS}
+assert [one.__module__.startswith("bigbird_plus.") for one in found] == [False] * 10 + [True], found
+"""
+    run_script(script)
+
+
+@pytest.mark.parametrize("first", ["peft", "bigbird_plus"])
+def test_adapters_know_where_to_go(first):
+    """In whatever order the two are imported; PEFT is not imported by ours."""
+    script = f"""
+import sys
+import {first}
+assert ("peft" in sys.modules) == ({first!r} == "peft")
+import bigbird_plus, peft
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+assert table["big_bird"] == table["bert"]
+config = bigbird_plus.BigBirdConfig(hidden_size=24, num_hidden_layers=1, vocab_size=67)
+model = peft.get_peft_model(bigbird_plus.BigBirdForMaskedLM(config), peft.LoraConfig())
+assert any("query.lora_A" in name for name, _ in model.named_parameters())
+bigbird_plus.unregister()
+assert "big_bird" not in table
+bigbird_plus.register()
+assert table["big_bird"] == table["bert"]
+"""
+    run_script(script)
+
+
+def test_adapters_do_not_know_what_is_not_registered():
+    script = """
+import bigbird_plus
+bigbird_plus.unregister()
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+assert "big_bird" not in table
+"""
+    run_script(script)
+
+
+@pytest.mark.parametrize("flags", [[], ["-W", "error"]])
+def test_importing_prints_nothing(flags):
+    done = subprocess.run([sys.executable, *flags, "-c", "import bigbird_plus"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

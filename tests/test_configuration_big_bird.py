@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from bigbird_plus import BigBirdConfig, BigBirdForMaskedLM, BigBirdModel
+from bigbird_plus.configuration_big_bird import FLAGS
 
 from .peers import tiny_settings
 
@@ -232,7 +233,30 @@ WRONG = [
     ("classifier_activation", "gelu_old"),
     ("layer_norm_eps", -1e-12),
     ("initializer_range", -0.02),
+    ("initializer_range", float("nan")),
+    ("layer_norm_eps", float("inf")),
+    ("layer_norm_eps", None),
+    ("hidden_act", 5),
+    ("hidden_act", ["gelu"]),
+    ("hidden_act", torch.nn.ReLU),
+    ("classifier_activation", {}),
+    ("chunk_size_feed_forward", -3),
+    ("chunk_size_feed_forward", None),
+    ("random_plan_positions", "4096"),
+    ("num_extra_global_tokens", 1.0),
+    ("global_block_indices", "0"),
+    ("global_block_indices", [0.5]),
+    ("global_block_indices", 3),
     ("pad_token_id", 50358),
+    ("pad_token_id", -50359),
+    ("pad_token_id", "0"),
+    ("pad_token_id", [0]),
+    ("pad_token_id", 1.5),
+    ("pad_token_id", True),
+    ("bos_token_id", "<s>"),
+    ("eos_token_id", ["</s>"]),
+    ("sep_token_id", [66]),
+    *((field, value) for field in FLAGS for value in ("false", 1, None)),
 ]
 
 
@@ -249,11 +273,33 @@ def test_heads_must_divide_the_hidden_size():
 
 
 @pytest.mark.parametrize(
-    "value", [{"num_random_blocks": 0}, {"num_hidden_layers": 0}, {"num_global_blocks": 0}, {"pad_token_id": None}]
+    "value",
+    [
+        {"num_random_blocks": 0},
+        {"num_hidden_layers": 0},
+        {"num_global_blocks": 0},
+        {"pad_token_id": None},
+        {"bos_token_id": None},
+        {"eos_token_id": [1, 2]},
+        {"layer_norm_eps": 0},
+        {"hidden_act": torch.tanh},
+    ],
 )
 def test_borderline_values_are_fine(value):
     field, expected = next(iter(value.items()))
     assert getattr(BigBirdConfig(**value), field) == expected
+
+
+@pytest.mark.parametrize("pad_token_id", [None, -1, -120, 119])
+def test_padding_is_where_the_built_in_model_has_it(pad_token_id):
+    settings = tiny_settings(pad_token_id=pad_token_id)
+    ours, theirs = (
+        BigBirdModel(BigBirdConfig(**settings)),
+        transformers.BigBirdModel(transformers.BigBirdConfig(**settings)),
+    )
+    expected = theirs.embeddings.word_embeddings.padding_idx
+    assert ours.embeddings.word_embeddings.padding_idx == expected
+    assert expected is None or not ours.embeddings.word_embeddings.weight[expected].any()
 
 
 def test_a_model_checks_what_was_changed_since():

@@ -14,9 +14,10 @@ from bigbird_plus import __main__ as runner
 SCRIPT = """
 import json, sys
 import sibling
-from transformers import AutoConfig
+from transformers import AutoConfig, BigBirdModel
 
 facts = {"argv": sys.argv, "name": __name__, "file": __file__, "path": sys.path[0], "sibling": sibling.VALUE}
+facts["model"] = BigBirdModel.__module__
 facts["config"] = AutoConfig.for_model("big_bird").__class__.__module__
 print(json.dumps(facts))
 sys.exit(3)
@@ -43,12 +44,17 @@ def run(folder, *arguments) -> dict:
     return json.loads(result.stdout)
 
 
+def assert_built_in_and_ours(plain, ours):
+    for fact in ("config", "model"):
+        assert plain.pop(fact).startswith("transformers.")
+        assert ours.pop(fact).startswith("bigbird_plus.")
+
+
 def test_script_runs_as_with_python(folder):
     arguments = ["scripts/script.py", "--steps", "5", "-m"]
     plain = run(folder.parent, *arguments)
     ours = run(folder.parent, "-m", "bigbird_plus", *arguments)
-    assert plain.pop("config").startswith("transformers.")
-    assert ours.pop("config").startswith("bigbird_plus.")
+    assert_built_in_and_ours(plain, ours)
     plain["argv"][0] = os.path.join(folder, "script.py")  # the one difference: absolute
     assert ours == plain
     assert ours["argv"][1:] == arguments[1:]
@@ -59,8 +65,7 @@ def test_script_runs_as_with_python(folder):
 def test_module_runs_as_with_python(folder):
     plain = run(folder, "-m", "script", "--steps")
     ours = run(folder, "-m", "bigbird_plus", "-m", "script", "--steps")
-    assert plain.pop("config").startswith("transformers.")
-    assert ours.pop("config").startswith("bigbird_plus.")
+    assert_built_in_and_ours(plain, ours)
     assert ours == plain
 
 
@@ -86,4 +91,6 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
 def test_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bigbird_plus", "--help"])
     runner.main()
-    assert capsys.readouterr().out.startswith("usage: python -m bigbird_plus SCRIPT")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m bigbird_plus SCRIPT")
+    assert "from transformers is bigbird_plus's" in shown

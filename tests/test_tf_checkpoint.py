@@ -2,16 +2,18 @@
 
 import base64
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bigbird_plus.crc32c import crc32c
 from bigbird_plus.tf_checkpoint import find_checkpoint, read_index
 
-from .tf_files import write_checkpoint
+from .tf_files import write_checkpoint, write_table
 
 # Written by tf.compat.v1.train.Saver of TensorFlow 2.21.0.
 GENUINE_INDEX = (
@@ -89,6 +91,88 @@ def test_a_file_that_is_cut_off(tmp_path):
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(ValueError, match="not complete"):
         read_index(prefix)["x"].load()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint of several blocks, the contents of its two files, and its variables."""
+    arrays = {f"layer_{i}/kernel": np.arange(i * 5, dtype="float32").reshape(i, 5) for i in range(5)}
+    prefix = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", arrays, entries_per_block=2)
+    paths = [prefix.with_name(name) for name in ("model.index", "model.data-00000-of-00001")]
+    return prefix, [(path, path.read_bytes()) for path in paths], arrays
+
+
+DAMAGES = st.one_of(
+    st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+    st.tuples(st.just("cut"), st.floats(0, 1, exclude_max=True), st.just(0)),
+    st.tuples(st.just("more"), st.just(0.0), st.integers(1, 60)),
+)
+
+
+@given(in_index=st.booleans(), damages=st.lists(DAMAGES, min_size=1, max_size=3))
+@example(in_index=True, damages=[("cut", 0.0, 0)])
+@example(in_index=False, damages=[("cut", 0.0, 0)])
+def test_a_damaged_file_is_noticed(whole, in_index, damages):
+    """Whatever happened to it: either the numbers are those that were written, or a `ValueError` names the file."""
+    prefix, files, arrays = whole
+    for path, content in files:
+        path.write_bytes(content)
+    path, content = files[0 if in_index else 1]
+    content = bytearray(content)
+    for kind, place, value in damages:
+        at = int(place * len(content))
+        if kind == "flip" and content:
+            content[at] ^= value
+        elif kind == "cut":
+            del content[at:]
+        else:
+            content += bytes(value)
+    path.write_bytes(content)
+    try:
+        read = {name: variable.load().numpy() for name, variable in read_index(prefix).items()}
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert read.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(read[name], array)
+
+
+@given(message=st.binary(max_size=40))
+def test_an_index_with_right_checksums_and_wrong_entries(tmp_path_factory, message):
+    """As another program may write it."""
+    prefix = tmp_path_factory.mktemp("checkpoint") / "model"
+    Path(f"{prefix}.index").write_bytes(write_table({b"": b"\x08\x01", b"\xff": message}))
+    Path(f"{prefix}.data-00000-of-00001").write_bytes(bytes(100))
+    try:
+        variables = read_index(prefix)
+    except ValueError:
+        return
+    assert variables.keys() <= {"\xff"}
+
+
+def test_sizes_are_compared_with_the_file(tmp_path):
+    """Before so much memory is asked for."""
+    prefix = write_checkpoint(tmp_path / "model", {"x": np.zeros(10, dtype="float32")})
+    variable = read_index(prefix)["x"]
+    huge = variable._replace(shape=(2**50,), size=2**52)
+    with pytest.raises(ValueError, match="is cut off"):
+        huge.load()
+    with pytest.raises(ValueError, match=r"has the shape \[11\]"):
+        variable._replace(shape=(11,)).load()
+
+
+@pytest.mark.parametrize("size", [0, 9, 4095, 4096, 4097, 20000])
+def test_checksums(size):
+    """Of CRC-32C as it is defined, a bit at a time."""
+    content = np.random.default_rng(size).bytes(size)
+    register = 0xFFFFFFFF
+    for byte in content:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (register & 1) * 0x82F63B78
+    assert crc32c(content) == register ^ 0xFFFFFFFF
+    assert crc32c(b"123456789") == 0xE3069283  # of the standard
 
 
 def test_kinds_that_are_not_read(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bigbird_plus
@@ -231,13 +232,46 @@ def test_a_vocabulary_without_an_exact_equivalent_is_refused(tmp_path, settings,
 
 def test_training_a_new_vocabulary(tokenizer, tmp_path):
     corpus = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
-    trained = tokenizer.train_new_from_iterator([corpus], 60)
+    trained = tokenizer.train_new_from_iterator([corpus], 150)
     trained.save_pretrained(tmp_path)
     assert not (tmp_path / "spiece.model").exists()  # it is the old vocabulary
     for each in (trained, BigBirdTokenizerFast.from_pretrained(tmp_path)):
         encoded = each("the cat  on [MASK]")
         assert each.decode(encoded.input_ids) == "[CLS] the cat on [MASK][SEP]"
         assert encoded.input_ids[-2:] == [each.mask_token_id, each.sep_token_id]
+
+
+CORPUS = ["the quick brown fox", "jumps over <ans> the lazy dog"] * 20
+
+
+def test_a_new_vocabulary_has_the_pieces_that_the_built_in_tokenizer_keeps(tokenizer, checkpoint):
+    """All 101 that come first, with their ids: a model's configuration names some of those."""
+    theirs = transformers.BigBirdTokenizerFast.from_pretrained(checkpoint)
+    trained, expected = (each.train_new_from_iterator(CORPUS, vocab_size=200) for each in (tokenizer, theirs))
+    first = {piece: index for piece, index in tokenizer.get_vocab().items() if index <= 100}
+    assert len(trained) == len(expected)
+    for each in (trained, expected):
+        assert {piece: index for piece, index in each.get_vocab().items() if index <= 100} == first
+    assert trained.all_special_tokens == tokenizer.all_special_tokens
+    assert (trained.unk_token_id, trained.sep_token_id, trained.mask_token_id) == (100, 66, 67)
+
+
+def test_a_new_vocabulary_finds_user_defined_pieces(tokenizer, tmp_path):
+    trained = tokenizer.train_new_from_iterator(CORPUS, vocab_size=200)
+    trained.save_pretrained(tmp_path)
+    again = BigBirdTokenizerFast.from_pretrained(tmp_path)
+    for each in (trained, again):
+        ids = each("over <ans> dog").input_ids
+        assert each.convert_tokens_to_ids("<ans>") == 64
+        assert 64 in ids
+        assert each.decode(ids, skip_special_tokens=True) == "over <ans> dog"
+        assert each.decode(each("\xff").input_ids) == "[CLS] <unk>[SEP]"
+    renamed = again.train_new_from_iterator(
+        CORPUS, 200, new_special_tokens=["<new>"], special_tokens_map={"[MASK]": "<m>", "<ans>": "<answer>"}
+    )
+    assert (renamed.mask_token, renamed.mask_token_id) == ("<m>", 67)
+    assert renamed.convert_tokens_to_ids("<answer>") == 64 in renamed("the <answer><m>").input_ids
+    assert renamed.convert_tokens_to_ids("<new>") == 101
 
 
 def test_a_backend_of_ones_own():

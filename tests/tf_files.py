@@ -1,8 +1,10 @@
-"""Writes TensorFlow checkpoints (format V2), as far as the tests need them. The checksums are left zero."""
+"""Writes TensorFlow checkpoints (format V2), as far as the tests need them."""
 
 from pathlib import Path
 
 import numpy as np
+
+from bigbird_plus.crc32c import masked_crc32c
 
 DATA_TYPES = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "bool": 10, "float16": 19}
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
@@ -24,17 +26,17 @@ def write_checkpoint(prefix, arrays, *, num_shards=1, entries_per_block=7, compr
             + _number(4, len(contents[shard]))
             + _number(5, array.nbytes)
             + _varint(6 << 3 | 5)
-            + bytes(4)
+            + _checksum(array.tobytes())
             + extra_entry
         )
         contents[shard] += array.tobytes()
     for shard, content in enumerate(contents):
         Path(f"{prefix}.data-{shard:05d}-of-{num_shards:05d}").write_bytes(content)
-    Path(f"{prefix}.index").write_bytes(_table(entries, entries_per_block, compression))
+    Path(f"{prefix}.index").write_bytes(write_table(entries, entries_per_block, compression))
     return prefix
 
 
-def _table(entries, entries_per_block, compression) -> bytes:
+def write_table(entries, entries_per_block=7, compression=0) -> bytes:
     """A sorted string table: blocks of entries, an empty block of metadata, the block of their places, a footer."""
     content, places = b"", {}
     names = sorted(entries)
@@ -42,12 +44,21 @@ def _table(entries, entries_per_block, compression) -> bytes:
         group = names[start : start + entries_per_block]
         block = _block({name: entries[name] for name in group})
         places[group[-1]] = _varint(len(content)) + _varint(len(block))
-        content += block + bytes([compression, 0, 0, 0, 0])
+        content += _with_trailer(block, compression)
     handles = b""
     for block in (_block({}), _block(places)):
         handles += _varint(len(content)) + _varint(len(block))
-        content += block + bytes(5)
+        content += _with_trailer(block)
     return content + handles.ljust(40, b"\0") + MAGIC
+
+
+def _with_trailer(block, compression=0) -> bytes:
+    block += bytes([compression])
+    return block + _checksum(block)
+
+
+def _checksum(content) -> bytes:
+    return masked_crc32c(content).to_bytes(4, "little")
 
 
 def _block(entries, restart_interval=4) -> bytes:
