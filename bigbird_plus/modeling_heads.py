@@ -364,6 +364,13 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         """`generate` asks for masks that are ready for a static cache. Ours are made in `forward`."""
         return attention_mask
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises a `ValueError`: `generate_batch` and the other ways to continuous batching all begin here."""
+        raise ValueError(
+            "BigBird has no continuous batching (generate_batch, cache_implementation='paged'), which keeps keys in "
+            "pages. Pad the prompts on the left (padding_side='left' in the tokenizer), and call generate."
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
