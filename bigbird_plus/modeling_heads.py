@@ -484,6 +484,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         return_dict: bool | None = None,
         past_key_values=None,
         global_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -491,6 +492,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             labels: `int64`, `[batch]`: the class; float, `[batch]`, for regression (mean squared error); float,
                 `[batch, num_labels]`, for several labels at once (binary cross entropy). `config.problem_type` says
                 which; where it is None, the number of labels and the dtype do.
+            use_cache: without effect. trl's reward models are told not to.
         """
         outputs = self.bert(
             input_ids,
@@ -500,6 +502,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             head_mask=head_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
+            use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
