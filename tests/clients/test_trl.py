@@ -2,7 +2,8 @@
 
 import datasets
 import pytest
-from torch.nn.functional import logsigmoid
+import torch
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -42,11 +43,11 @@ def losses(trainer):
     return found
 
 
-def tune(model, tokenizer, folder, repeats=1, **settings):
-    """The losses of a decoder on the texts, each repeated so often."""
+def tuner(model, tokenizer, folder, repeats=1, **settings):
+    """For a decoder, on the texts, each repeated so often."""
     rows = datasets.Dataset.from_dict({"text": [text * repeats for text in TEXTS]})
-    arguments = SFTConfig(str(folder), **{**SETTINGS, **settings})
-    return losses(SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer))
+    arguments = SFTConfig(str(folder), **SETTINGS, **settings)
+    return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
 
 def decoders(tokenizer):
@@ -55,19 +56,28 @@ def decoders(tokenizer):
 
 
 def test_supervised_fine_tuning_is_that_of_transformers(tokenizer, tmp_path):
-    found, expected = (tune(model, tokenizer, tmp_path) for model in decoders(tokenizer))
+    found, expected = (losses(tuner(model, tokenizer, tmp_path)) for model in decoders(tokenizer))
     assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_packed_documents_are_learned_as_alone(tokenizer, tmp_path):
-    found = tune(decoders(tokenizer)[0], tokenizer, tmp_path, packing=True, max_length=64)
-    expected = tune(decoders(tokenizer)[0], tokenizer, tmp_path)
-    assert found == pytest.approx(expected, rel=1e-3)
+    model, _ = decoders(tokenizer)
+    trainer = tuner(model, tokenizer, tmp_path, packing=True, max_length=64)
+    documents = [
+        part
+        for row in trainer.train_dataset
+        for part in torch.tensor(row["input_ids"]).split(row["seq_lengths"])
+    ]
+    assert len(documents) == len(TEXTS) > len(trainer.train_dataset)
+    with torch.no_grad():
+        logits = [model(document[None]).logits[0, :-1] for document in documents]
+    expected = cross_entropy(torch.cat(logits), torch.cat([document[1:] for document in documents]))
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_sparse_decoder_learns(tokenizer, tmp_path):
     model = make_model("BigBirdForCausalLM", is_decoder=True, vocab_size=len(tokenizer))
-    found = tune(model, tokenizer, tmp_path, repeats=20, max_length=128)  # it reads up to 88 tokens in full
+    found = losses(tuner(model, tokenizer, tmp_path, repeats=20, max_length=128))  # it reads up to 88 tokens in full
     assert found[-1] < found[0] - 0.2
 
 
@@ -75,7 +85,8 @@ def test_reward_model(tokenizer, tmp_path):
     chosen, rejected = ([text + end for text in TEXTS] for end in (" Good.", " Evil, and more of it."))
     settings = {"num_labels": 1, "attention_type": "original_full", "vocab_size": len(tokenizer)}
     model, theirs = make_pair("BigBirdForSequenceClassification", **settings)
-    rewards = [theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits for texts in (chosen, rejected)]
+    ended = ([text + tokenizer.eos_token for text in texts] for texts in (chosen, rejected))
+    rewards = [theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits for texts in ended]
     rows = datasets.Dataset.from_dict({"chosen": chosen, "rejected": rejected})
     trainer = RewardTrainer(model, RewardConfig(str(tmp_path), **SETTINGS), train_dataset=rows, processing_class=tokenizer)
     found = losses(trainer)
