@@ -23,7 +23,7 @@ from .attention.documents import (
 )
 from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.pattern import check_whole_number
-from .attention.plan import FullPart, Plan, Tokens, full_implementation, make_plan
+from .attention.plan import FullPart, Plan, Tokens, full_implementation, is_sparse, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .linear import linear, tanh_gelu
 from .pieces import in_pieces, is_watched
@@ -171,7 +171,8 @@ class BigBirdSelfAttention(nn.Module):
 
     def _split_heads(self, states: Tensor) -> Tensor:
         """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""
-        return states.unflatten(-1, (len(self.heads), self.head_dim)).transpose(1, 2)
+        # Not `unflatten`: the graphs of `torch.onnx.export(..., dynamo=False)` would take the length for a constant.
+        return states.view(*states.shape[:-1], len(self.heads), self.head_dim).transpose(1, 2)
 
 
 class BigBirdCrossAttention(BigBirdSelfAttention):
@@ -397,6 +398,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _supports_context_parallel = False
     _can_compile_fullgraph = True
 
     def __init__(self, config, *args, **kwargs):
@@ -464,6 +466,17 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         """
         check_attention_type(value)
         self.base_model.attention_type = value
+
+
+def refuse_context_parallel() -> None:
+    """Raises a `ValueError` within torch's `context_parallel`, which gives each process a part of every document. It
+    puts a function of its own into the place of `scaled_dot_product_attention`."""
+    attention = nn.functional.scaled_dot_product_attention
+    if str(getattr(attention, "__module__", "")).startswith("torch.distributed."):
+        raise ValueError(
+            "context_parallel splits documents over processes, and BigBird would read each part as a document of its "
+            "own. Use cp_size=1, and share out whole documents: with DDP or FSDP."
+        )
 
 
 class BigBirdPooler(nn.Linear):
@@ -562,8 +575,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if there are more tokens than
-                positions, or if a mask does not fit the input or the model.
+                positions, or if a mask does not fit the input or the model; within torch's `context_parallel`; and
+                while `torch.onnx.export(..., dynamo=False)` traces a model that can read sparsely.
         """
+        refuse_context_parallel()
+        self._refuse_onnx_tracer()
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
@@ -633,6 +649,15 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if self.pooler is None:
             return None
         return torch.tanh(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
+
+    def _refuse_onnx_tracer(self):
+        """Its graphs would read inputs of all lengths as they read the one that it sees."""
+        is_traced = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+        if is_traced and is_sparse(self.config, self.attention_type, self.config.max_position_embeddings):
+            raise ValueError(
+                "torch.onnx.export(..., dynamo=False) cannot express block-sparse attention. Use dynamo=True, or call "
+                "set_attention_type('original_full') on the model before."
+            )
 
     def _streams(self, hidden_states: Tensor, plan: Plan) -> bool:
         """Whether the layers write over the states of large inputs, part after part: in inference on a CPU, where they

@@ -367,6 +367,13 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         """`generate` asks for masks that are ready for a static cache. Ours are made in `forward`."""
         return attention_mask
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises a `ValueError`: `generate_batch` and the other ways to continuous batching all begin here."""
+        raise ValueError(
+            "BigBird has no continuous batching (generate_batch, cache_implementation='paged'), which keeps keys in "
+            "pages. Pad the prompts on the left (padding_side='left' in the tokenizer), and call generate."
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -481,6 +488,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         return_dict: bool | None = None,
         past_key_values=None,
         global_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -488,6 +496,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             labels: `int64`, `[batch]`: the class; float, `[batch]`, for regression (mean squared error); float,
                 `[batch, num_labels]`, for several labels at once (binary cross entropy). `config.problem_type` says
                 which; where it is None, the number of labels and the dtype do.
+            use_cache: without effect. trl's reward models are told not to.
         """
         outputs = self.bert(
             input_ids,
@@ -497,6 +506,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             head_mask=head_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
+            use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,

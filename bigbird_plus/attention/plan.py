@@ -477,6 +477,12 @@ def full_implementation(config) -> str:
     return "sdpa" if is_engine(name) else name
 
 
+def is_sparse(config, attention_type: str, keys: int) -> bool:
+    """Whether so many keys are read sparsely: if there are more than the pattern lets a token read anyway. (A
+    decoder's first tokens read in full all the same.)"""
+    return attention_type == "block_sparse" and keys > Sparsity.from_config(config).full_attention_length
+
+
 def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
     """The plan of a call.
 
@@ -492,8 +498,7 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     """
     sparsity = Sparsity.from_config(config)
     keys = tokens.keys if tokens.has_cache else tokens.length
-    is_long = attention_type == "block_sparse" and keys > sparsity.full_attention_length
-    reads_sparsely = is_long and (config.is_decoder or not tokens.has_cache)
+    reads_sparsely = is_sparse(config, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
     reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
     spans, per_document = _find_documents(reader, keeps)
     if spans:

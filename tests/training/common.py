@@ -43,7 +43,7 @@ def make_trainer(model, rows, folder, **settings):
     )
 
 
-TRAINER_ONLY = ("eval_dataset", "data_collator", "compute_metrics", "callbacks", "processing_class")
+TRAINER_ONLY = ("model_init", "eval_dataset", "data_collator", "compute_metrics", "callbacks", "processing_class")
 
 
 def trained_weights(name, folder, *, settings=None, rows=None, **arguments):

@@ -1,0 +1,110 @@
+"""sentence-transformers: embeddings of documents, of batches as of each alone, and their training."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    losses,
+)
+from sentence_transformers.models import Pooling, Transformer
+from transformers import AutoTokenizer
+
+import bigbird_plus
+from bigbird_plus import demo
+from tests.peers import make_model
+
+SHORT, MIDDLE, LONG = (" ".join(demo.document().split()[:words]) for words in (10, 50, 120))
+DOCUMENTS = [SHORT, MIDDLE, LONG]  # the last has more than the 88 tokens that are read in full
+
+
+def saved(name, folder, **fields):
+    """The folder of a small model, with the demo's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(bigbird_plus.demo_checkpoint())
+    make_model(name, vocab_size=len(tokenizer), **fields).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def embedder(folder, pooling="mean", **fields):
+    transformer = Transformer(saved("BigBirdModel", folder, **fields), max_seq_length=256)
+    assert isinstance(transformer.auto_model, bigbird_plus.BigBirdModel)
+    return SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode=pooling)], device="cpu")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_of_a_padded_batch_are_those_of_each_alone(pooling, tmp_path):
+    model = embedder(tmp_path, pooling, pattern_per_document=True)
+    lengths = [len(model.tokenizer(text)["input_ids"]) for text in DOCUMENTS]
+    assert lengths[0] < lengths[1] < 88 < lengths[2]
+    together = model.encode(DOCUMENTS, batch_size=3, convert_to_tensor=True)
+    alone = torch.stack([model.encode(text, convert_to_tensor=True) for text in DOCUMENTS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tensor_decides_by_default(tmp_path):
+    """As in transformers' BigBird: a short document is read sparsely in a long batch."""
+    model = embedder(tmp_path)
+    together = model.encode(DOCUMENTS, batch_size=3, convert_to_tensor=True)
+    assert (together[1] - model.encode(MIDDLE, convert_to_tensor=True)).abs().max() > 1e-3
+
+
+def rows():
+    sentences = demo.document().split(".")
+    return Dataset.from_dict({"anchor": sentences[:8], "positive": sentences[1:9]})
+
+
+def train(model, folder):
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    loss = losses.MultipleNegativesRankingLoss(model)
+    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=rows(), loss=loss)
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"pattern_per_document": True}], ids=["default", "per document"])
+def test_trained_saved_and_loaded(fields, tmp_path):
+    model = embedder(tmp_path / "model", **fields)
+    train(model, tmp_path)
+    model.save_pretrained(str(tmp_path / "trained"))
+    loaded = SentenceTransformer(str(tmp_path / "trained"), device="cpu")
+    assert loaded[0].auto_model.config.pattern_per_document == bool(fields)
+    torch.testing.assert_close(*(one.encode(DOCUMENTS, convert_to_tensor=True) for one in (loaded, model)))
+
+
+def test_an_adapter_trained_merged_saved_and_loaded(tmp_path):
+    model = embedder(tmp_path / "model", pattern_per_document=True)
+    config = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, target_modules=["query", "value"])
+    adapted = get_peft_model(model[0].auto_model, config)  # in place
+    before = model.encode(DOCUMENTS, convert_to_tensor=True)
+    train(model, tmp_path)
+    expected = model.encode(DOCUMENTS, convert_to_tensor=True)
+    assert (expected - before).abs().max() > 1e-3
+    adapted.merge_and_unload()
+    model.save_pretrained(str(tmp_path / "trained"))
+    loaded = SentenceTransformer(str(tmp_path / "trained"), device="cpu")
+    torch.testing.assert_close(loaded.encode(DOCUMENTS, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_encoder(tmp_path):
+    folder = saved("BigBirdForSequenceClassification", tmp_path, num_labels=1, pattern_per_document=True)
+    encoder = CrossEncoder(folder, max_length=256, device="cpu")
+    pairs = [(SHORT, MIDDLE), (SHORT, SHORT), (LONG, LONG)]
+    together = encoder.predict(pairs, batch_size=3, convert_to_tensor=True)
+    alone = torch.stack([encoder.predict(pair, convert_to_tensor=True) for pair in pairs])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
