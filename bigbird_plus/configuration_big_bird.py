@@ -32,6 +32,7 @@ FLAGS = (
     "different_layout_per_head",
     "global_question_tokens",
     "pattern_per_document",
+    "computes_padding",
     "sparse_prediction",
     "is_decoder",
     "add_cross_attention",
@@ -90,6 +91,8 @@ class BigBirdConfig(PretrainedConfig):
             outputs that it has alone: blocks, pattern and default positions are counted over its own tokens. By
             default they follow the tensor, padding included, as in transformers' own BigBird. Encoders only; has no
             effect while a graph is traced (`torch.compile`, `torch.export`).
+        computes_padding (`bool`, defaults to `False`): compute the hidden states of padding, as transformers' own
+            BigBird does, for scripts that take means over them. By default they are zero, and cost nothing.
         sparse_prediction (`bool`, defaults to `False`): let `BigBirdForMaskedLM` compute logits only where a label
             counts, if labels are given: `logits` then is `[labels that count, vocab_size]`. The loss is the same.
         random_plan_positions (`int`, *optional*): length, in tokens, for which random blocks are drawn; `None` means
@@ -141,6 +144,7 @@ class BigBirdConfig(PretrainedConfig):
         different_layout_per_head=True,
         global_question_tokens=False,
         pattern_per_document=False,
+        computes_padding=False,
         sparse_prediction=False,
         random_plan_positions=None,
         is_decoder=False,
@@ -176,6 +180,7 @@ class BigBirdConfig(PretrainedConfig):
         self.different_layout_per_head = different_layout_per_head
         self.global_question_tokens = global_question_tokens
         self.pattern_per_document = pattern_per_document
+        self.computes_padding = computes_padding
         self.sparse_prediction = sparse_prediction
         self.random_plan_positions = random_plan_positions
         # Newer transformers do not declare these three in the base class, and read them all the same.
@@ -254,13 +259,18 @@ class BigBirdConfig(PretrainedConfig):
             )
 
     def _check_decoder(self):
-        """Raises a `ValueError` for what lets a token read later ones."""
+        """Raises a `ValueError` for what lets a token read later ones, or has no meaning."""
         for field in ("global_block_indices", "num_extra_global_tokens", "global_question_tokens"):
             if getattr(self, field) not in (None, 0, False):
                 raise ValueError(
                     f"{field} ({getattr(self, field)!r}) is for encoders: tokens that read everything would read the "
                     "future. Leave it out, or set is_decoder=False."
                 )
+        if self.pattern_per_document:
+            raise ValueError(
+                "pattern_per_document (True) is for encoders: a decoder counts its blocks from the first real token of "
+                "each row in any case. Leave it out, or set is_decoder=False."
+            )
 
     def __init_subclass__(cls, **kwargs):
         # transformers 5 makes a dataclass of every subclass, with a generated __init__ and an __eq__ that compares

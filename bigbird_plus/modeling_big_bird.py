@@ -59,6 +59,37 @@ def the_cache(past_key_values, cache):
     return cache if past_key_values is None else past_key_values
 
 
+def positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, flattened) -> Tensor | None:
+    """The positions of rows that hold several documents, see `attention.documents`; None if each holds one."""
+    shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    position_ids = document_positions(position_ids, attention_mask, shape, flattened)
+    return position_ids if holds_documents(position_ids, attention_mask) else None
+
+
+def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_size: int) -> None:
+    """Raises a `ValueError` that names what does not fit: ids of another shape would be read for other tokens."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+    if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+        raise ValueError(
+            f"input_ids must be whole numbers of the shape [batch, length], but are {input_ids.dtype} of "
+            f"{list(input_ids.shape)}. Vectors are given as inputs_embeds."
+        )
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden_size):
+        raise ValueError(
+            f"inputs_embeds must have the shape [batch, length, {hidden_size}], but have {list(inputs_embeds.shape)}."
+        )
+    batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    if length == 0:
+        raise ValueError("The input has the length 0. Give at least one token.")
+    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        if ids is not None and tuple(ids.shape) not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"{name} must have the shape [batch, length] = [{batch}, {length}], or [1, {length}], but has "
+                f"{list(ids.shape)}."
+            )
+
+
 def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
     """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
     the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
@@ -459,13 +490,14 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         self.config.max_position_embeddings = new_num_position_embeddings
 
     def set_attention_type(self, value: str) -> None:
-        """Chooses which tokens read which, from the next call on: `"block_sparse"` or `"original_full"`.
+        """Chooses which tokens read which, from the next call on: `"block_sparse"` or `"original_full"`. The
+        configuration says so, too, and `save_pretrained` keeps it.
 
         Raises:
             ValueError: for any other value.
         """
         check_attention_type(value)
-        self.base_model.attention_type = value
+        self.base_model.attention_type = self.config.attention_type = value
 
 
 def refuse_context_parallel() -> None:
@@ -566,8 +598,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
             cache_position: `int64`, `[length]`: places of the tokens in the cache.
             global_attention_mask: `[batch, length]`, 1 for tokens that read everything and are read by all, besides
                 what the pattern says; 0 for others. Without effect where attention is full. Encoders only.
-            computes_padding: whether the states of padding shall be computed, too. Otherwise they are zero, but in
-                decoders and in eager attention, and but for those of first places that `pooler_output` is made of.
+            computes_padding: whether the states of padding shall be computed, too, as `config.computes_padding` has it
+                for all calls. Otherwise they are zero, but in decoders and in eager attention, and but for those of
+                first places that `pooler_output` is made of.
             cache: another name of `past_key_values`, that of transformers from 5.24 on.
             **kwargs: of rows that hold several documents, see `attention.documents`: each is read as it is alone, with
                 a pattern of its own, and `pooler_output` is `[documents, hidden_size]`. Positions that start anew at 0
@@ -581,8 +614,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         refuse_context_parallel()
         self._refuse_onnx_tracer()
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, config.hidden_size)
         if input_ids is not None and may_read_values(input_ids) and not config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -599,6 +631,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             global_attention_mask=global_attention_mask,
             has_documents=has_documents,
         )
+        computes_padding = computes_padding or config.computes_padding
         keeps = "all" if computes_padding else "first" if self._uses_pooler() else "real"
         plan = make_plan(config, self.attention_type, tokens, keeps=keeps)
 

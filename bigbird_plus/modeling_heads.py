@@ -12,10 +12,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, logging
 
 from ._compat import CACHE
 from .attention.common import is_tracing
+from .attention.documents import Flattened, document_starts, holds_documents, uncompiled_for_documents
 from .modeling_big_bird import (
     BigBirdIntermediate,
     BigBirdModel,
@@ -25,6 +27,7 @@ from .modeling_big_bird import (
     as_requested,
     first_places,
     first_states,
+    positions_of_documents,
 )
 
 logger = logging.get_logger(__name__)
@@ -66,10 +69,18 @@ class BigBirdForQuestionAnsweringModelOutput(ModelOutput):
 
 
 IGNORED_LABEL = -100
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` unless there is a label for each place. One more dimension, of size 1, is fine."""
+    if tuple(labels.shape) not in (tuple(shape), (*shape, 1)):
+        raise ValueError(f"labels must have the shape {list(shape)}, but have {list(labels.shape)}.")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss over the labels that are not -100; `logits` has one dimension more than `labels`."""
+    check_labels(labels, logits.shape[:-1])
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
 
 
@@ -87,6 +98,12 @@ def starts_with_padding(attention_mask: Tensor | None, config) -> bool:
     if attention_mask is None or attention_mask.dim() != 2 or config.pattern_per_document:
         return False
     return is_tracing() or bool((attention_mask[:, 0] == 0).any())
+
+
+ONE_DOCUMENT = (
+    "position_ids start anew within a row, as those of several documents do, but this head takes one in each row: its "
+    "answers are places, or choices, of a row. Pad the documents instead."
+)
 
 
 def classifier_dropout(config) -> nn.Dropout:
@@ -228,6 +245,7 @@ class BigBirdForPreTraining(_LanguageModel):
         self.cls = BigBirdPreTrainingHeads(config)
         self.post_init()
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -242,26 +260,28 @@ class BigBirdForPreTraining(_LanguageModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         global_attention_mask: Tensor | None = None,
+        **kwargs: Unpack[Flattened],
     ) -> BigBirdForPreTrainingOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
         Args:
             labels: `int64`, `[batch, length]`: the words to predict, -100 where none is.
             next_sentence_label: `int64`, `[batch]`: 0 if the second part follows the first, 1 if not. Its loss is
-                added where `labels` are given, too.
+                added where `labels` are given, too. Where rows hold several documents, there is one for each.
         """
         outputs = self.bert(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
+            **kwargs,
         )
         prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
         loss = None
@@ -290,6 +310,7 @@ class BigBirdForMaskedLM(_LanguageModel):
         freeze_pooler(self.bert)
         self.post_init()
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -306,6 +327,7 @@ class BigBirdForMaskedLM(_LanguageModel):
         return_dict: bool | None = None,
         past_key_values=None,
         global_attention_mask: Tensor | None = None,
+        **kwargs: Unpack[Flattened],
     ) -> MaskedLMOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -315,11 +337,11 @@ class BigBirdForMaskedLM(_LanguageModel):
         """
         outputs = self.bert(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
@@ -329,9 +351,11 @@ class BigBirdForMaskedLM(_LanguageModel):
             return_dict=True,
             global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if labels is not None and self.config.sparse_prediction and not is_tracing():
+            check_labels(labels, hidden_states.shape[:2])
             counts = labels != IGNORED_LABEL
             hidden_states, labels = hidden_states[counts], labels[counts]
         logits = self.cls(hidden_states)
@@ -374,6 +398,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             "pages. Pad the prompts on the left (padding_side='left' in the tokenizer), and call generate."
         )
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -402,15 +427,17 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             labels: `int64`, `[batch, length]`: the tokens themselves, -100 for those that do not count; the model
                 compares each with what it predicts one place earlier.
             logits_to_keep: compute the logits of so many last tokens only (0: of all), or of those at these indices.
-            **kwargs: handed to the loss (`num_items_in_batch`).
+            **kwargs: `num_items_in_batch` and `ignore_index` are handed to the loss, others to `BigBirdModel`. Where
+                rows hold several documents, nobody is asked for the first token of any.
         """
+        flattened = {name: kwargs.pop(name) for name in list(kwargs) if name not in LOSS_ARGUMENTS}
         outputs = self.bert(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
@@ -422,11 +449,16 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             global_attention_mask=global_attention_mask,
             cache_position=cache_position,
             computes_padding=labels is not None,  # in an encoder, which it is not to be, padding has labels
+            **flattened,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.cls(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            check_labels(labels, outputs.last_hidden_state.shape[:2])
+            documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, flattened)
+            if documents is not None:
+                labels = labels.masked_fill(document_starts(documents).expand(labels.shape), IGNORED_LABEL)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
@@ -474,6 +506,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         freeze_pooler(self.bert)
         self.post_init()
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -489,22 +522,24 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         past_key_values=None,
         global_attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
+        **kwargs: Unpack[Flattened],
     ) -> SequenceClassifierOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
         Args:
             labels: `int64`, `[batch]`: the class; float, `[batch]`, for regression (mean squared error); float,
                 `[batch, num_labels]`, for several labels at once (binary cross entropy). `config.problem_type` says
-                which; where it is None, the number of labels and the dtype do.
+                which; where it is None, the number of labels and the dtype do. Where rows hold several documents,
+                logits and labels are `[documents, ...]`.
             use_cache: without effect. trl's reward models are told not to.
         """
         outputs = self.bert(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -512,8 +547,10 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             return_dict=True,
             global_attention_mask=global_attention_mask,
             computes_padding=starts_with_padding(attention_mask, self.config),
+            **kwargs,
         )
-        logits = self.classifier(first_states(outputs.last_hidden_state, attention_mask, self.config))
+        documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, kwargs)
+        logits = self.classifier(first_states(outputs.last_hidden_state, attention_mask, self.config, documents))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
             logits=logits,
@@ -550,6 +587,7 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -570,6 +608,8 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
             labels: `int64`, `[batch]`: the right choice.
         """
         num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if position_ids is not None and holds_documents(_without_choices(position_ids), None):
+            raise ValueError(ONE_DOCUMENT)
         outputs = self.bert(
             _without_choices(input_ids),
             attention_mask=_without_choices(attention_mask),
@@ -610,6 +650,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         freeze_pooler(self.bert)
         self.post_init()
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -624,6 +665,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         return_dict: bool | None = None,
         past_key_values=None,
         global_attention_mask: Tensor | None = None,
+        **kwargs: Unpack[Flattened],
     ) -> TokenClassifierOutput | tuple:
         """Arguments as those of `BigBirdModel.forward`, and:
 
@@ -632,17 +674,18 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         """
         outputs = self.bert(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         output = TokenClassifierOutput(
@@ -692,6 +735,7 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
         freeze_pooler(self.bert)
         self.post_init()
 
+    @uncompiled_for_documents
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -719,6 +763,8 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
                 input do not count.
         """
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if holds_documents(position_ids, attention_mask):
+            raise ValueError(ONE_DOCUMENT)
         in_question = self._question_mask(input_ids, question_lengths, length)
         if token_type_ids is None and in_question is not None and self.config.type_vocab_size > 1:
             token_type_ids = (~in_question).long()
@@ -727,11 +773,11 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
             global_attention_mask = chosen.long()
         outputs = self.bert(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,

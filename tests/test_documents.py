@@ -215,3 +215,65 @@ def test_trainer_with_the_collator_that_flattens(tmp_path):
     with torch.no_grad():
         losses = [model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in documents() if ids.shape[1] > 1]
     assert loss == pytest.approx(sum(losses).item() / sum(length - 1 for length in LENGTHS), rel=1e-4)
+
+
+def labels_of(name):
+    """For each document its labels alone, and those of all together."""
+    if name == "BigBirdForSequenceClassification":
+        each = [torch.tensor([index % 2]) for index in range(len(LENGTHS))]
+        return [{"labels": one} for one in each], {"labels": torch.cat(each)}
+    words = [ids % 2 for ids in documents()] if name == "BigBirdForTokenClassification" else documents()
+    each, together = [{"labels": one} for one in words], {"labels": torch.cat(words, dim=1)}
+    if name == "BigBirdForPreTraining":
+        follows = [torch.tensor([index % 2]) for index in range(len(LENGTHS))]
+        each = [{**one, "next_sentence_label": label} for one, label in zip(each, follows, strict=True)]
+        together["next_sentence_label"] = torch.cat(follows)
+    return each, together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BigBirdForPreTraining",
+        "BigBirdForMaskedLM",
+        "BigBirdForSequenceClassification",
+        "BigBirdForTokenClassification",
+    ],
+)
+def test_heads(name):
+    model = make_model(name)
+    each, together = labels_of(name)
+    with torch.no_grad():
+        actual = model(torch.cat(documents(), dim=1), cu_seq_lens_q=cu_seq_lens(), **together)
+        expected = [model(ids, **labels) for ids, labels in zip(documents(), each, strict=True)]
+    if name == "BigBirdForSequenceClassification":
+        close(actual.logits, torch.cat([one.logits for one in expected]))
+        close(actual.loss, torch.stack([one.loss for one in expected]).mean())
+        return
+    key = "prediction_logits" if name == "BigBirdForPreTraining" else "logits"
+    torch.testing.assert_close(actual[key], torch.cat([one[key] for one in expected], dim=1), atol=1e-5, rtol=1e-4)
+    if name == "BigBirdForPreTraining":
+        scores = torch.cat([one.seq_relationship_logits for one in expected])
+        close(actual.seq_relationship_logits, scores)
+        return
+    shares = [one.loss * ids.shape[1] for one, ids in zip(expected, documents(), strict=True)]
+    torch.testing.assert_close(actual.loss, sum(shares) / sum(LENGTHS), atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_is_not_asked_for_the_first_token_of_a_document():
+    model, row = make_model("BigBirdForCausalLM", is_decoder=True), torch.cat(documents(), dim=1)
+    with torch.no_grad():
+        actual = model(row, cu_seq_lens_q=cu_seq_lens(), labels=row).loss
+        losses = [model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in documents() if ids.shape[1] > 1]
+    torch.testing.assert_close(actual, sum(losses) / sum(length - 1 for length in LENGTHS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BigBirdForMultipleChoice", "BigBirdForQuestionAnswering"])
+def test_heads_that_take_one_document_a_row_say_so(name):
+    ids, places = random_ids(1, 20), torch.arange(20)[None] % 10
+    if name == "BigBirdForMultipleChoice":
+        ids, places = ids[:, None], places[:, None]
+    with pytest.raises(ValueError, match="position_ids start anew.*one in each row"):
+        make_model(name)(ids, position_ids=places)
+    with pytest.raises(TypeError, match="cu_seq_lens_q"):
+        make_model(name)(ids, cu_seq_lens_q=torch.tensor([0, 10, 20]))
