@@ -268,9 +268,19 @@ class BigBirdConfig(PretrainedConfig):
                 )
         if self.pattern_per_document:
             raise ValueError(
-                "pattern_per_document (True) is for encoders: a decoder counts its blocks from the first real token of "
-                "each row in any case. Leave it out, or set is_decoder=False."
+                "pattern_per_document (True) is for encoders: a decoder counts its blocks from the first real token "
+                "of each row in any case. Leave it out, or set is_decoder=False."
             )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """As in all configurations of transformers, for subclasses of your own.
+
+        Raises:
+            ValueError: for this class, see `BigBirdPreTrainedModel.register_for_auto_class`.
+        """
+        refuse_auto_class(cls)
+        super().register_for_auto_class(auto_class)
 
     def __init_subclass__(cls, **kwargs):
         # transformers 5 makes a dataclass of every subclass, with a generated __init__ and an __eq__ that compares
@@ -293,6 +303,15 @@ class BigBirdConfig(PretrainedConfig):
 
 def is_whole_number(value) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def refuse_auto_class(cls):
+    """Raises a `ValueError` if a class is one of this package."""
+    if cls.__module__.startswith(__package__ + "."):
+        raise ValueError(
+            f"{cls.__name__}.register_for_auto_class would save one file of bigbird_plus with a model, which needs all. "
+            "Install bigbird_plus where the model is loaded: `import bigbird_plus` registers its classes."
+        )
 
 
 def check_number(name, value, most=math.inf):

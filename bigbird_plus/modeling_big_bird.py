@@ -24,7 +24,7 @@ from .attention.documents import (
 from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.pattern import check_whole_number
 from .attention.plan import FullPart, Plan, Tokens, full_implementation, is_sparse, make_plan
-from .configuration_big_bird import BigBirdConfig, check_attention_type
+from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .linear import linear, tanh_gelu
 from .pieces import in_pieces, is_watched
 
@@ -437,6 +437,17 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         config.check_fields()
         check_whole_number("hidden_size", config.hidden_size, 1)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """As in all models of transformers, for subclasses of your own. These classes here are no single file that
+        could be saved with a model.
+
+        Raises:
+            ValueError: for a class of this package.
+        """
+        refuse_auto_class(cls)
+        super().register_for_auto_class(auto_class)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -227,3 +227,18 @@ assert "big_bird" not in table
 def test_importing_prints_nothing(flags):
     done = subprocess.run([sys.executable, *flags, "-c", "import bigbird_plus"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_classes_are_not_saved_with_models(tmp_path):
+    """They are no single file. A subclass of one's own is transformers' matter, as with the built-in model."""
+    for cls in (bigbird_plus.BigBirdModel, bigbird_plus.BigBirdForMaskedLM, bigbird_plus.BigBirdConfig):
+        with pytest.raises(ValueError, match="Install bigbird_plus"):
+            cls.register_for_auto_class()
+    bigbird_plus.BigBirdModel(bigbird_plus.BigBirdConfig(**tiny_settings())).save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+    class Own(bigbird_plus.BigBirdModel):
+        pass
+
+    Own.register_for_auto_class()
+    assert Own._auto_class == "AutoModel"

@@ -273,7 +273,7 @@ def test_heads_that_take_one_document_a_row_say_so(name):
     ids, places = random_ids(1, 20), torch.arange(20)[None] % 10
     if name == "BigBirdForMultipleChoice":
         ids, places = ids[:, None], places[:, None]
-    with pytest.raises(ValueError, match="position_ids start anew.*one in each row"):
+    with pytest.raises(ValueError, match=r"position_ids start anew.*one in each row"):
         make_model(name)(ids, position_ids=places)
     with pytest.raises(TypeError, match="cu_seq_lens_q"):
         make_model(name)(ids, cu_seq_lens_q=torch.tensor([0, 10, 20]))
