@@ -2,14 +2,17 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import bigbird_plus
 from bigbird_plus.cli import main
@@ -38,15 +41,16 @@ def run(capsys, *arguments) -> str:
 
 
 def refusal(capsys, *arguments) -> str:
-    """The line on standard error, and nothing else, with which a command refuses its input."""
+    """The line on standard error with which a command refuses its input. Nothing else but notes is printed."""
     with pytest.raises(SystemExit) as exit_info:
         main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     assert exit_info.value.code == 2
     assert printed.out == ""
-    assert printed.err.startswith("Error: ")
-    assert printed.err.count("\n") == 1
-    return printed.err
+    *notes, line = printed.err.splitlines()
+    assert all(note.startswith("Note: ") for note in notes)
+    assert line.startswith("Error: ")
+    return line
 
 
 def test_demo(capsys):
@@ -191,21 +195,80 @@ def test_qa(capsys, tmp_path, checkpoint, monkeypatch, place):
         assert float(score) > 0
 
 
+def change_weights(folder, change):
+    """Applies `change` to the weights of a checkpoint, a dictionary of tensors."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_new_and_unused_weights_are_told(capsys, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "changed")
+
+    def change(weights):
+        del weights["bert.encoder.layer.0.output.dense.bias"]
+        weights["adapter.down.weight"] = torch.zeros(2)
+
+    with pytest.raises(SystemExit):
+        main(["fill-mask", "--model", str(checkpoint), SENTENCE])
+    assert capsys.readouterr().err == ""
+    change_weights(tmp_path / "changed", change)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fill-mask", "--model", str(tmp_path / "changed"), SENTENCE])
+    assert not exit_info.value.code
+    assert capsys.readouterr().err == (
+        f"Note: weights of BigBirdForMaskedLM in {tmp_path / 'changed'} that are new, and not trained: "
+        "bert.encoder.layer.0.output.dense; not used: adapter.down\n"
+    )
+
+
+def test_a_head_that_the_checkpoint_has_not_is_told(capsys, tmp_path, checkpoint):
+    (tmp_path / "document.txt").write_text("A text.", encoding="utf-8")
+    arguments = ["qa", "--model", str(checkpoint), "--question", "Who?", "--document", str(tmp_path / "document.txt")]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "that are new, and not trained: qa_classifier.intermediate.dense" in line
+
+
+@pytest.mark.parametrize("bytes_in_utf8", [True, False])
+def test_a_picture_with_a_name_that_is_no_text(tmp_path, bytes_in_utf8):
+    """Files on Linux can have any. What is printed need be read by people only."""
+    name = os.fsdecode("caf\xe9.png".encode("utf-8" if bytes_in_utf8 else "latin-1"))
+    command = [sys.executable, "-m", "bigbird_plus.cli", "plot-attention", os.path.join(tmp_path, name)]
+    done = subprocess.run([*command, "--length", "1000"], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"{tmp_path}/{name if bytes_in_utf8 else 'caf?.png'}\n"
+    assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)]
+
+
 def bert(tmp_path) -> Path:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     return tmp_path / "bert"
 
 
+def cut_vocabulary(weights):
+    for name, weight in weights.items():
+        if len(weight) == 50358:
+            weights[name] = weight[:1000].clone()
+
+
 def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
-    """By name: an empty folder, a checkpoint whose weights are none, and texts, most of which are of no use."""
+    """By name: an empty folder, checkpoints whose weights are none, larger than in config.json and too few for the
+    tokenizer, and texts, most of which are of no use."""
     (tmp_path / "empty").mkdir()
     shutil.copytree(checkpoint, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_text("no weights")
+    for name, settings in {"large": {"vocab_size": 1000}, "small": {"vocab_size": 1000}}.items():
+        shutil.copytree(checkpoint, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **settings}))
+    change_weights(tmp_path / "small", cut_vocabulary)
     texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
-    return {name: tmp_path / name for name in ("empty", "broken", *texts)}
+    return {name: tmp_path / name for name in ("empty", "broken", "large", "small", *texts)}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +285,12 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["fill-mask", "--model", "{checkpoint}", "No mask here."], "The text must have [MASK]"),
         (["fill-mask", "--model", "{checkpoint}", "word " * 4096 + "[MASK]"], "max_position_embeddings is 4096"),
         (["fill-mask", "--model", "{empty}", SENTENCE], "{empty}"),
+        (["fill-mask", "--model", "{large}", SENTENCE], "has not the shape [1000"),
+        (["fill-mask", "--model", "{small}", SENTENCE], "its tokenizer has 50358 pieces, but vocab_size is 1000"),
+        (
+            ["fill-mask", "--model", "{checkpoint}", "Caf\udce9 [MASK]"],
+            "The text is no text in UTF-8: 'Caf\\udce9 [MASK]'",
+        ),
         (["plot-attention", "a.png", "--length", "704"], "--length must be more than 704, but is 704"),
         (["plot-attention", "a.png", "--head", "12"], "head must be between 0 and 11, but is 12"),
         (["plot-attention", "{empty}/a.xyz"], "xyz"),
@@ -254,6 +323,11 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["qa", "--model", "{checkpoint}", "--question", "", "--document", "{bert}/config.json"], "needs a question"),
         (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "{nothing}"], "needs a context"),
         (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "{latin}"], "is no text in UTF-8"),
+        (
+            ["qa", "--model", "{checkpoint}", "--question", "Caf\udce9?", "--document", "{text}"],
+            "--question is no text in UTF-8",
+        ),
+        (["qa", "--model", "{small}", "--question", "Who?", "--document", "{text}"], "vocab_size is 1000"),
         (["bench", "--json", "{empty}"], "is a folder"),
         (["bench", "--lengths", "1024,many"], "--lengths must be whole numbers with commas between them, not 'many'"),
         (["bench", "--lengths", "0"], "lengths must be different positive numbers, but are (0,)"),
