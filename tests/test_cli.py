@@ -19,6 +19,8 @@ from bigbird_plus.cli import main
 from bigbird_plus.demo import document, mask_words
 from bigbird_plus.heatmap import layer_attention
 
+from .peers import make_model, tiny_settings
+
 SENTENCE = "Plants create [MASK] through a process known as photosynthesis."
 
 
@@ -248,27 +250,27 @@ def bert(tmp_path) -> Path:
     return tmp_path / "bert"
 
 
-def cut_vocabulary(weights):
-    for name, weight in weights.items():
-        if len(weight) == 50358:
-            weights[name] = weight[:1000].clone()
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory, checkpoint) -> dict[str, Path]:
+    """Checkpoints of parts that do not fit: a vocabulary for a larger model, and weights for one as well."""
+    folder = tmp_path_factory.mktemp("misfits")
+    make_model("BigBirdForMaskedLM", vocab_size=1000).save_pretrained(folder / "small")
+    for name in ("spiece.model", "tokenizer_config.json"):
+        shutil.copyfile(checkpoint / name, folder / "small" / name)
+    shutil.copytree(folder / "small", folder / "smaller")
+    bigbird_plus.BigBirdConfig(**tiny_settings(vocab_size=990)).save_pretrained(folder / "smaller")
+    return {name: folder / name for name in ("small", "smaller")}
 
 
 def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
-    """By name: an empty folder, checkpoints whose weights are none, larger than in config.json and too few for the
-    tokenizer, and texts, most of which are of no use."""
+    """By name: an empty folder, a checkpoint whose weights are none, and texts, most of which are of no use."""
     (tmp_path / "empty").mkdir()
     shutil.copytree(checkpoint, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_text("no weights")
-    for name, settings in {"large": {"vocab_size": 1000}, "small": {"vocab_size": 1000}}.items():
-        shutil.copytree(checkpoint, tmp_path / name)
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, **settings}))
-    change_weights(tmp_path / "small", cut_vocabulary)
     texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
-    return {name: tmp_path / name for name in ("empty", "broken", "large", "small", *texts)}
+    return {name: tmp_path / name for name in ("empty", "broken", *texts)}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["fill-mask", "--model", "{checkpoint}", "No mask here."], "The text must have [MASK]"),
         (["fill-mask", "--model", "{checkpoint}", "word " * 4096 + "[MASK]"], "max_position_embeddings is 4096"),
         (["fill-mask", "--model", "{empty}", SENTENCE], "{empty}"),
-        (["fill-mask", "--model", "{large}", SENTENCE], "has not the shape [1000"),
+        (["fill-mask", "--model", "{smaller}", SENTENCE], "has not the shape [990"),
         (["fill-mask", "--model", "{small}", SENTENCE], "its tokenizer has 50358 pieces, but vocab_size is 1000"),
         (
             ["fill-mask", "--model", "{checkpoint}", "Caf\udce9 [MASK]"],
@@ -339,9 +341,9 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["bench", "--json", "no/folder/out.json"], "There is no folder to write no/folder/out.json to"),
     ],
 )
-def test_wrong_input(capsys, checkpoint, tmp_path, monkeypatch, arguments, message):
+def test_wrong_input(capsys, checkpoint, misfits, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **wrong_files(tmp_path, checkpoint)}
+    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **misfits, **wrong_files(tmp_path, checkpoint)}
     assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
 
 
