@@ -182,6 +182,8 @@ class _PeftWatcher(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_fill(module):

@@ -53,8 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(message: str) -> None:
-    print("Error:", textwrap.shorten(message, width=300, placeholder=" ..."), file=sys.stderr)
+    _tell("Error:", message)
     sys.exit(2)
+
+
+def _tell(kind: str, message: str) -> None:
+    print(kind, textwrap.shorten(message, width=300, placeholder=" ..."), file=sys.stderr)
 
 
 @app.command()
@@ -99,10 +103,11 @@ def fill_mask(
 ) -> None:
     """Predict the words that a text has [MASK] for."""
     tokenizer = _load(AutoTokenizer, model)
-    text = _read_text(sys.stdin).strip() if text is None else text
+    text = _read_text(sys.stdin).strip() if text is None else _checked_text("The text", text)
     if tokenizer.mask_token is None or tokenizer.mask_token not in text:
         raise ValueError(f"The text must have {tokenizer.mask_token or 'a mask token'} in the place of a word.")
-    fill = pipeline("fill-mask", model=_load(AutoModelForMaskedLM, model), tokenizer=tokenizer, top_k=top_k)
+    bigbird = _load_model(AutoModelForMaskedLM, model, tokenizer)
+    fill = pipeline("fill-mask", model=bigbird, tokenizer=tokenizer, top_k=top_k)
     if top_k > fill.model.config.vocab_size:
         raise ValueError(f"--top-k must be at most {fill.model.config.vocab_size}, all there are, but is {top_k}.")
     predictions = fill(text)
@@ -146,7 +151,7 @@ def plot_attention(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         axes.figure.savefig(output, dpi=150)
-    print(output)
+    print(_printable(output))
 
 
 def _draw_pattern(model: str | None, length: int | None, layer: int, head: int, training: bool):
@@ -177,7 +182,7 @@ def _draw_heatmap(model: str | None, file: TextIO, length: int | None, layer: in
         raise ValueError("The text for --heatmap is empty. Give a file by --document, or standard input.")
     input_ids = tokenizer(text, truncation=length is not None, max_length=length, return_tensors="pt").input_ids
     _check_length("--length, or else the text,", input_ids.shape[1], config)
-    bigbird = _load(AutoModel, model)
+    bigbird = _load_model(AutoModel, model, tokenizer)
     probabilities = layer_attention(bigbird, input_ids, layer, head)
     axes = draw_attention(probabilities, tokenizer.convert_ids_to_tokens(input_ids[0]))
     of_layer = config.num_hidden_layers - 1 if layer is None else layer
@@ -232,7 +237,7 @@ def convert(
 ) -> None:
     """Make a BigBird of a BERT or RoBERTa checkpoint, or of one of Google's."""
     model = convert_checkpoint(source, target, max_position_embeddings, architecture=architecture)
-    print(f"{target}: {type(model).__name__} for inputs of up to {max_position_embeddings:,} tokens")
+    print(f"{_printable(target)}: {type(model).__name__} for inputs of up to {max_position_embeddings:,} tokens")
 
 
 @app.command()
@@ -244,12 +249,14 @@ def qa(
     no_answer: Annotated[bool, typer.Option("--no-answer", help="There may be no answer.")] = False,
 ) -> None:
     """Find the answer to a question in a document of any length."""
+    question, context = _checked_text("--question", question), _read_text(document)
+    tokenizer = _load(AutoTokenizer, model)
     answer = pipeline(
         "extractive-question-answering",
-        model=_load(AutoModelForQuestionAnswering, model),
-        tokenizer=_load(AutoTokenizer, model),
+        model=_load_model(AutoModelForQuestionAnswering, model, tokenizer),
+        tokenizer=tokenizer,
     )
-    found = answer(question=question, context=_read_text(document), top_k=top_k, handle_impossible_answer=no_answer)
+    found = answer(question=question, context=context, top_k=top_k, handle_impossible_answer=no_answer)
     table = Table("answer", "characters", "score")
     for best in [found] if isinstance(found, dict) else found:
         place = f"{best['start']} to {best['end']}"
@@ -278,18 +285,57 @@ def _check_folder(file: Path) -> None:
 
 def _read_text(file: TextIO) -> str:
     try:
-        return file.read()
-    except UnicodeDecodeError as error:
+        text = file.read()
+        text.encode()  # standard input may let bytes through that are no UTF-8
+    except UnicodeError as error:
         raise ValueError(f"{file.name} is no text in UTF-8: {error}") from error
+    return text
 
 
-def _load(auto_class, name: str):
+def _checked_text(what: str, text: str) -> str:
+    """The text of an argument. (Python lets bytes through that are no UTF-8, as half characters, which no tokenizer
+    takes.)"""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is no text in UTF-8: {text!r}") from error
+    return text
+
+
+def _printable(path: Path) -> str:
+    """The path; a file may have a name that is no text."""
+    return str(path).encode(errors="replace").decode()
+
+
+def _load(auto_class, name: str, **settings):
     """What transformers has under a name, or an error that begins with it. Broken files raise errors of many kinds:
     safetensors', pickle's, and of tokenizers a plain `Exception`."""
     try:
-        return auto_class.from_pretrained(name)
+        return auto_class.from_pretrained(name, **settings)
     except Exception as error:
         raise ValueError(f"--model {name}: {error}") from error
+
+
+def _load_model(auto_class, name: str, tokenizer):
+    """The model, if its weights and the tokenizer fit it. Weights that are new or not used are told in one line."""
+    model, report = _load(auto_class, name, output_loading_info=True, ignore_mismatched_sizes=True)
+    mismatched = [one if isinstance(one, str) else one[0] for one in report["mismatched_keys"]]  # or with their shapes
+    if mismatched:
+        shape = list(model.state_dict()[mismatched[0]].shape)
+        raise ValueError(f"--model {name}: {mismatched[0]} has not the shape {shape} that config.json gives it.")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"--model {name}: its tokenizer has {len(tokenizer)} pieces, but vocab_size is {model.config.vocab_size}."
+        )
+    notes = {"new, and not trained": report["missing_keys"], "not used": report["unexpected_keys"]}
+    told = "; ".join(f"{what}: {', '.join(_modules(weights))}" for what, weights in notes.items() if weights)
+    if told:
+        _tell("Note:", f"weights of {type(model).__name__} in {name} that are {told}")
+    return model
+
+
+def _modules(weights) -> list[str]:
+    return sorted({weight.rpartition(".")[0] for weight in weights})
 
 
 def _load_config(name: str) -> BigBirdConfig:

@@ -2,19 +2,24 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import bigbird_plus
 from bigbird_plus.cli import main
 from bigbird_plus.demo import document, mask_words
 from bigbird_plus.heatmap import layer_attention
+
+from .peers import make_model, tiny_settings
 
 SENTENCE = "Plants create [MASK] through a process known as photosynthesis."
 
@@ -38,15 +43,16 @@ def run(capsys, *arguments) -> str:
 
 
 def refusal(capsys, *arguments) -> str:
-    """The line on standard error, and nothing else, with which a command refuses its input."""
+    """The line on standard error with which a command refuses its input. Nothing else but notes is printed."""
     with pytest.raises(SystemExit) as exit_info:
         main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     assert exit_info.value.code == 2
     assert printed.out == ""
-    assert printed.err.startswith("Error: ")
-    assert printed.err.count("\n") == 1
-    return printed.err
+    *notes, line = printed.err.splitlines()
+    assert all(note.startswith("Note: ") for note in notes)
+    assert line.startswith("Error: ")
+    return line
 
 
 def test_demo(capsys):
@@ -191,10 +197,69 @@ def test_qa(capsys, tmp_path, checkpoint, monkeypatch, place):
         assert float(score) > 0
 
 
+def change_weights(folder, change):
+    """Applies `change` to the weights of a checkpoint, a dictionary of tensors."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_new_and_unused_weights_are_told(capsys, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "changed")
+
+    def change(weights):
+        del weights["bert.encoder.layer.0.output.dense.bias"]
+        weights["adapter.down.weight"] = torch.zeros(2)
+
+    with pytest.raises(SystemExit):
+        main(["fill-mask", "--model", str(checkpoint), SENTENCE])
+    assert capsys.readouterr().err == ""
+    change_weights(tmp_path / "changed", change)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fill-mask", "--model", str(tmp_path / "changed"), SENTENCE])
+    assert not exit_info.value.code
+    assert capsys.readouterr().err == (
+        f"Note: weights of BigBirdForMaskedLM in {tmp_path / 'changed'} that are new, and not trained: "
+        "bert.encoder.layer.0.output.dense; not used: adapter.down\n"
+    )
+
+
+def test_a_head_that_the_checkpoint_has_not_is_told(capsys, tmp_path, checkpoint):
+    (tmp_path / "document.txt").write_text("A text.", encoding="utf-8")
+    arguments = ["qa", "--model", str(checkpoint), "--question", "Who?", "--document", str(tmp_path / "document.txt")]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "that are new, and not trained: qa_classifier.intermediate.dense" in line
+
+
+@pytest.mark.parametrize("bytes_in_utf8", [True, False])
+def test_a_picture_with_a_name_that_is_no_text(tmp_path, bytes_in_utf8):
+    """Files on Linux can have any. What is printed need be read by people only."""
+    name = os.fsdecode("caf\xe9.png".encode("utf-8" if bytes_in_utf8 else "latin-1"))
+    command = [sys.executable, "-m", "bigbird_plus.cli", "plot-attention", os.path.join(tmp_path, name)]
+    done = subprocess.run([*command, "--length", "1000"], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"{tmp_path}/{name if bytes_in_utf8 else 'caf?.png'}\n"
+    assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)]
+
+
 def bert(tmp_path) -> Path:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     return tmp_path / "bert"
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory, checkpoint) -> dict[str, Path]:
+    """Checkpoints of parts that do not fit: a vocabulary for a larger model, and weights for one as well."""
+    folder = tmp_path_factory.mktemp("misfits")
+    make_model("BigBirdForMaskedLM", vocab_size=1000).save_pretrained(folder / "small")
+    for name in ("spiece.model", "tokenizer_config.json"):
+        shutil.copyfile(checkpoint / name, folder / "small" / name)
+    shutil.copytree(folder / "small", folder / "smaller")
+    bigbird_plus.BigBirdConfig(**tiny_settings(vocab_size=990)).save_pretrained(folder / "smaller")
+    return {name: folder / name for name in ("small", "smaller")}
 
 
 def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
@@ -222,6 +287,12 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["fill-mask", "--model", "{checkpoint}", "No mask here."], "The text must have [MASK]"),
         (["fill-mask", "--model", "{checkpoint}", "word " * 4096 + "[MASK]"], "max_position_embeddings is 4096"),
         (["fill-mask", "--model", "{empty}", SENTENCE], "{empty}"),
+        (["fill-mask", "--model", "{smaller}", SENTENCE], "has not the shape [990"),
+        (["fill-mask", "--model", "{small}", SENTENCE], "its tokenizer has 50358 pieces, but vocab_size is 1000"),
+        (
+            ["fill-mask", "--model", "{checkpoint}", "Caf\udce9 [MASK]"],
+            "The text is no text in UTF-8: 'Caf\\udce9 [MASK]'",
+        ),
         (["plot-attention", "a.png", "--length", "704"], "--length must be more than 704, but is 704"),
         (["plot-attention", "a.png", "--head", "12"], "head must be between 0 and 11, but is 12"),
         (["plot-attention", "{empty}/a.xyz"], "xyz"),
@@ -254,6 +325,11 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["qa", "--model", "{checkpoint}", "--question", "", "--document", "{bert}/config.json"], "needs a question"),
         (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "{nothing}"], "needs a context"),
         (["qa", "--model", "{checkpoint}", "--question", "Who?", "--document", "{latin}"], "is no text in UTF-8"),
+        (
+            ["qa", "--model", "{checkpoint}", "--question", "Caf\udce9?", "--document", "{text}"],
+            "--question is no text in UTF-8",
+        ),
+        (["qa", "--model", "{small}", "--question", "Who?", "--document", "{text}"], "vocab_size is 1000"),
         (["bench", "--json", "{empty}"], "is a folder"),
         (["bench", "--lengths", "1024,many"], "--lengths must be whole numbers with commas between them, not 'many'"),
         (["bench", "--lengths", "0"], "lengths must be different positive numbers, but are (0,)"),
@@ -265,9 +341,9 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["bench", "--json", "no/folder/out.json"], "There is no folder to write no/folder/out.json to"),
     ],
 )
-def test_wrong_input(capsys, checkpoint, tmp_path, monkeypatch, arguments, message):
+def test_wrong_input(capsys, checkpoint, misfits, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **wrong_files(tmp_path, checkpoint)}
+    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **misfits, **wrong_files(tmp_path, checkpoint)}
     assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
 
 
