@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-import transformers
 
 import bigbird_plus
-from tests.peers import MODELS, make_pair, random_inputs, tiny_settings
+from tests.peers import MODELS, make_pair, random_inputs
 
 SHAPES = {"full": 40, "sparse": 128}
 SCRIPT = """
