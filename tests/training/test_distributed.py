@@ -44,29 +44,24 @@ def assert_same_training(found, expected):
         torch.testing.assert_close(found["weights"][key.removeprefix("module.")], weight, atol=2e-3, rtol=0)
 
 
-def trained_by_hand(name):
-    model = tiny_model(name)
-    return {"losses": distributed.train_by_hand(model, name), "weights": model.state_dict()}
-
-
-def test_data_parallel_training_of_every_model_is_that_of_one_process(tmp_path):
+def test_data_parallel_training_of_every_head_is_that_of_one_process(tmp_path):
     found = run_two_processes("ddp", tmp_path)
-    expected = distributed.train_every_head(tmp_path / "one") | {"BigBirdModel": trained_by_hand("BigBirdModel")}
-    assert found.keys() == set(MODELS)
-    for name in MODELS:
+    expected = distributed.train_every_head(tmp_path / "one")
+    assert found.keys() == set(TASK_MODELS)
+    for name in TASK_MODELS:
         assert found[name]["processes"] == 2
         assert_same_training(found[name], expected[name])
 
 
-def test_sharded_training_of_every_model_is_that_of_one_process(tmp_path):
+def test_sharded_training_is_that_of_one_process(tmp_path):
     found = run_two_processes("fsdp", tmp_path)
-    assert found.keys() == set(MODELS)
-    for name in MODELS:
-        assert found[name]["processes"] == 2
-        assert found[name]["units"].count("FSDPBigBirdLayer") == 2  # both layers, and the model around them
-        assert len(found[name]["units"]) == 3
-        assert found[name]["sharded"]
-        assert_same_training(found[name], trained_by_hand(name))
+    assert found["processes"] == 2
+    assert found["units"].count("FSDPBigBirdLayer") == 2  # both layers, and the model around them
+    assert len(found["units"]) == 3
+    assert found["sharded"]
+    model = tiny_model(distributed.SHARDED)
+    losses = distributed.train_by_hand(model)
+    assert_same_training(found, {"losses": losses, "weights": model.state_dict()})
 
 
 class TestContextParallelism:
