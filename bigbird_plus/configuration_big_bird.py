@@ -309,7 +309,7 @@ def refuse_auto_class(cls):
     """Raises a `ValueError` if a class is one of this package."""
     if cls.__module__.startswith(__package__ + "."):
         raise ValueError(
-            f"{cls.__name__}.register_for_auto_class would save one file of bigbird_plus with a model, which needs all. "
+            f"{cls.__name__}.register_for_auto_class would save one file of bigbird_plus, which needs all. "
             "Install bigbird_plus where the model is loaded: `import bigbird_plus` registers its classes."
         )
 

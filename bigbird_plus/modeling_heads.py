@@ -622,7 +622,7 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
             return_dict=True,
             global_attention_mask=_without_choices(global_attention_mask),
         )
-        logits = self.classifier(self.dropout(outputs.pooler_output)).unflatten(0, (-1, num_choices)).squeeze(-1)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
         output = MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,

@@ -64,6 +64,28 @@ def onnx_runner(exportable, folder, **how):
     return run
 
 
+class FirstOutput(nn.Module):
+    """What tracers take: tensors by position, and one that comes out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask=attention_mask).to_tuple()[0]
+
+
+def traced_runner(model, name, folder):
+    """As `onnx_runner`, by the tracer that torch.onnx.export was before, and is with `dynamo=False`."""
+
+    inputs = example(name)
+    free = {key: {0: "batch", tensor.dim() - 1: "length"} for key, tensor in inputs.items()}
+    how = {"input_names": list(inputs), "dynamic_axes": free, "opset_version": 18, "dynamo": False}
+    torch.onnx.export(FirstOutput(model).eval(), tuple(inputs.values()), folder / "traced.onnx", **how)
+    session = onnxruntime.InferenceSession(folder / "traced.onnx", providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(session.run(None, {key: inputs[key].numpy() for key in inputs})[0])
+
+
 def check(model, name, *runners, shapes=SHAPES):
     """All of them return what the model does."""
     for shape in shapes:
@@ -100,6 +122,22 @@ def test_full_graph_from_the_model_to_onnx(tmp_path):
     model, inputs = small_model(name, attention_type="original_full"), example(name)
     run = onnx_runner(model, tmp_path, kwargs=inputs, dynamic_shapes=axes(inputs, 1))
     check(model, name, run, shapes=(*SHAPES, (2, 7)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+class TestTracerOfOnnx:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_full_graphs_serve_all_inputs(self, name, tmp_path):
+        model = small_model(name, attention_type="original_full", use_cache=False)
+        run = traced_runner(model, name, tmp_path)
+        for shape in (*SHAPES, (2, 7)):
+            inputs = example(name, *shape)
+            torch.testing.assert_close(run(inputs), tensors_of(model, inputs)[0], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_sparse_models_are_refused(self, name, tmp_path):
+        with pytest.raises(ValueError, match=r"dynamo=True.*set_attention_type\('original_full'\)"):
+            traced_runner(small_model(name), name, tmp_path)
 
 
 def test_random_blocks_are_written_into_the_graph():

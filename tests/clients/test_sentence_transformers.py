@@ -9,9 +9,9 @@ from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
-    losses,
 )
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoTokenizer
 
 import bigbird_plus
@@ -70,7 +70,7 @@ def train(model, folder):
         use_cpu=True,
         disable_tqdm=True,
     )
-    loss = losses.MultipleNegativesRankingLoss(model)
+    loss = MultipleNegativesRankingLoss(model)
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=rows(), loss=loss)
     trainer.train()
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

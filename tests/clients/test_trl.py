@@ -1,4 +1,8 @@
-"""trl: supervised fine-tuning of a decoder, and a reward model."""
+"""trl: supervised fine-tuning of a decoder, and a reward model.
+
+Its fine-tuning multiplies the hidden states by the output embeddings by itself, past the layer that a BERT's head has
+between the two: `Tuner` takes the model's own loss.
+"""
 
 import datasets
 import pytest
@@ -43,11 +47,24 @@ def losses(trainer):
     return found
 
 
+class Tuner(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
 def tuner(model, tokenizer, folder, repeats=1, **settings):
     """For a decoder, on the texts, each repeated so often."""
     rows = datasets.Dataset.from_dict({"text": [text * repeats for text in TEXTS]})
     arguments = SFTConfig(str(folder), **SETTINGS, **settings)
-    return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    return Tuner(model, arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def loss_alone(model, documents):
+    """The mean loss over the tokens of documents, each read by itself."""
+    with torch.no_grad():
+        logits = [model(document[None]).logits[0, :-1] for document in documents]
+    return cross_entropy(torch.cat(logits), torch.cat([document[1:] for document in documents])).item()
 
 
 def decoders(tokenizer):
@@ -56,21 +73,20 @@ def decoders(tokenizer):
 
 
 def test_supervised_fine_tuning_is_that_of_transformers(tokenizer, tmp_path):
-    found, expected = (losses(tuner(model, tokenizer, tmp_path)) for model in decoders(tokenizer))
+    trainers = [tuner(model, tokenizer, tmp_path) for model in decoders(tokenizer)]
+    alone = loss_alone(trainers[0].model, [torch.tensor(row["input_ids"]) for row in trainers[0].train_dataset])
+    found, expected = map(losses, trainers)
     assert found == pytest.approx(expected, rel=1e-3)
+    assert found[0] == pytest.approx(alone, rel=1e-3)
 
 
 def test_packed_documents_are_learned_as_alone(tokenizer, tmp_path):
-    model, _ = decoders(tokenizer)
-    trainer = tuner(model, tokenizer, tmp_path, packing=True, max_length=64)
-    documents = [
-        part for row in trainer.train_dataset for part in torch.tensor(row["input_ids"]).split(row["seq_lengths"])
-    ]
-    assert len(documents) == len(TEXTS) > len(trainer.train_dataset)
-    with torch.no_grad():
-        logits = [model(document[None]).logits[0, :-1] for document in documents]
-    expected = cross_entropy(torch.cat(logits), torch.cat([document[1:] for document in documents]))
-    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-3)
+    trainer = tuner(decoders(tokenizer)[0], tokenizer, tmp_path, packing=True, max_length=64)
+    rows = [torch.tensor(row["input_ids"]).split(row["seq_lengths"]) for row in trainer.train_dataset]
+    documents = [document for row in rows for document in row]
+    assert len(rows) < len(documents) == len(TEXTS)
+    alone = loss_alone(trainer.model, documents)
+    assert losses(trainer)[0] == pytest.approx(alone, rel=1e-3)
 
 
 def test_sparse_decoder_learns(tokenizer, tmp_path):

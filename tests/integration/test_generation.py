@@ -274,6 +274,15 @@ def test_streamed_text_is_the_generated_text(writer):
     assert "".join(streamer).strip() == expected.strip()
 
 
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+def test_continuous_batching_is_refused(attention_type):
+    model = decoder(attention_type=attention_type)
+    with pytest.raises(ValueError, match=r"Pad the prompts on the left .* call generate"):
+        model.generate_batch([[5, 6, 7], [8, 9]], generation_config=model.generation_config)
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.init_continuous_batching()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoder and decoder
 # ---------------------------------------------------------------------------------------------------------------------

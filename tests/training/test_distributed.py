@@ -14,8 +14,9 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from torch.distributed.tensor.experimental import context_parallel
 
-from tests.peers import TASK_MODELS
+from tests.peers import MODELS, TASK_MODELS, random_ids
 from tests.training import distributed
 from tests.training.common import tiny_model
 from tests.training.test_peft import assert_close, outputs
@@ -61,6 +62,31 @@ def test_sharded_training_is_that_of_one_process(tmp_path):
     model = tiny_model(distributed.SHARDED)
     losses = distributed.train_by_hand(model)
     assert_same_training(found, {"losses": losses, "weights": model.state_dict()})
+
+
+class TestContextParallelism:
+    """torch's gives each process a part of a document."""
+
+    @pytest.fixture
+    def mesh(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+        torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+    def test_is_refused(self, attention_type, mesh):
+        model, ids = tiny_model("BigBirdModel", attention_type=attention_type), random_ids(2, 96)
+        expected = model(ids).last_hidden_state
+        with (
+            pytest.raises(ValueError, match=r"context_parallel .* DDP or FSDP"),
+            context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]),
+        ):
+            model(ids)
+        assert torch.equal(model(ids).last_hidden_state, expected)
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_no_model_says_that_it_supports_it(self, name):
+        assert not getattr(tiny_model(name), "supports_context_parallel", False)
 
 
 class TestDeviceMap:
