@@ -35,7 +35,7 @@ def layer_attention(model, input_ids: Tensor, layer: int | None = None, head: in
         check_index("head", head, len(attention.heads))
     seen = []
     hooks = [
-        attention.register_forward_pre_hook(lambda module, arguments: (*arguments[:-1], True)),  # output_attentions
+        attention.register_forward_pre_hook(_ask_for_probabilities, with_kwargs=True),
         attention.register_forward_hook(lambda module, arguments, output: seen.append(output[1])),
     ]
     try:
@@ -47,6 +47,10 @@ def layer_attention(model, input_ids: Tensor, layer: int | None = None, head: in
     length = input_ids.shape[1]  # more than that is padding
     of_heads = seen[0][0, :, :length, :length]
     return of_heads.mean(0) if head is None else of_heads[head]
+
+
+def _ask_for_probabilities(module, arguments, how):
+    return arguments, {**how, "output_attentions": True}
 
 
 def check_index(name: str, value: int, count: int) -> None:

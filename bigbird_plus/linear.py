@@ -6,7 +6,7 @@ timing: results do not vary from process to process.
 """
 
 import math
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,8 +16,13 @@ from torch.autograd.function import once_differentiable
 from .attention.common import is_exporting, is_tracing
 from .pieces import is_watched
 
-tanh_gelu = partial(nn.functional.gelu, approximate="tanh")
-"""GELU in its tanh approximation, which oneDNN computes together with the product before it."""
+
+class TanhGELU(nn.Module):
+    """GELU in its tanh approximation, which oneDNN computes together with the product before it."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Of the same shape."""
+        return nn.functional.gelu(states, approximate="tanh")
 
 
 NUMBERS_IN_CACHE = 2**18
@@ -31,23 +36,24 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
         layer: an `nn.Linear`, or what stands in the place of one: an adapter, a quantized layer. Only a plain one, not
             watched by hooks, is taken to the faster product.
         states: `[..., in_features]`.
-        activation: a function of one tensor.
+        activation: a function of one tensor. Only a plain `TanhGELU` is computed together with the product.
         residual: `[..., out_features]`.
 
     Returns:
         `[..., out_features]`.
     """
+    is_gelu = type(activation) is TanhGELU and not is_watched(activation)
     if is_exporting():
         # As a matrix: to merge dimensions itself, torch would ask what it cannot know of a free length (see `_reshape`
         # of the attention).
         *sizes, features = states.shape
         states = layer(states.reshape(-1).view(math.prod(sizes), features)).unflatten(0, sizes)
-    elif states.device.type != "cpu" and (activation is not tanh_gelu or torch.is_grad_enabled()):
+    elif states.device.type != "cpu" and (not is_gelu or torch.is_grad_enabled()):
         states = layer(states)  # nothing is faster
     elif not (_is_plain(layer) and _suits(layer.weight, states)):
         states = layer(states)
     elif not prefers_onednn(states):
-        is_gelu = activation is tanh_gelu and residual is None and not torch.is_grad_enabled() and not is_tracing()
+        is_gelu = is_gelu and residual is None and not torch.is_grad_enabled() and not is_tracing()
         if is_gelu and _has_product_with_gelu(layer, states):
             return _product_with_gelu(layer, states)
         states = layer(states)
@@ -55,7 +61,7 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
             return _tanh_gelu_in_place(states)
     elif torch.is_grad_enabled():
         states = _OneDnnLinear.apply(states, layer.weight, layer.bias)
-    elif activation is tanh_gelu and residual is None:
+    elif is_gelu and residual is None:
         return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh")
     elif activation is None and residual is not None:
         return onednn_product_and_sum(states, layer.weight, layer.bias, residual)

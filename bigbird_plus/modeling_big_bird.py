@@ -1,5 +1,7 @@
 """BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
@@ -23,9 +25,9 @@ from .attention.documents import (
 )
 from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.pattern import check_whole_number
-from .attention.plan import FullPart, Plan, Tokens, full_implementation, is_sparse, make_plan
+from .attention.plan import FullPart, Plan, SparsePart, Tokens, full_implementation, is_sparse, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .linear import linear, tanh_gelu
+from .linear import TanhGELU, linear
 from .pieces import in_pieces, is_watched
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
@@ -37,7 +39,7 @@ def activation_function(hidden_act):
     if callable(hidden_act):
         return hidden_act
     if hidden_act in TANH_GELUS:
-        return tanh_gelu
+        return TanhGELU()
     return ACT2FN[hidden_act]
 
 
@@ -108,6 +110,69 @@ def first_states(states: Tensor, attention_mask: Tensor | None, config, position
     return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
+def refuse_block_masks(**block_masks) -> None:
+    """Raises a `ValueError` if a mask of blocks is given, of those that transformers' layers get from their model."""
+    for name, mask in block_masks.items():
+        if mask is not None:
+            raise ValueError(
+                f"{name} must be left out: layers do not take masks of blocks, but a plan that the model makes. Call "
+                "the model for block-sparse attention, or give attention_mask for full attention."
+            )
+
+
+def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: Tensor, keys: int) -> Plan | FullPart:
+    """The plan for an attention module. What the model has planned it is, but for a module whose own `attention_type`
+    is full. Called alone, without a plan, a module reads so many `keys` in full, but for what a mask hides: one of
+    `[batch, 1 or heads, queries, keys]` that is added to the scores or says what is read (`bool`), or a `bool` one of
+    `[batch, keys]` or `[batch, queries, keys]`.
+
+    Raises:
+        ValueError: if the mask does not fit.
+    """
+    if isinstance(attention_mask, Plan) and module.attention_type == "original_full":
+        return read_in_full(attention_mask, module, query)
+    if isinstance(attention_mask, Plan | FullPart):
+        return attention_mask
+    batch, heads, queries = query.shape[:3]
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device).expand(-1, -1, -1, keys)
+    if mask.is_floating_point() and mask.dim() != 4:
+        raise ValueError(
+            "A mask of floating point numbers, which are added to the scores, must have the shape "
+            f"[batch, 1 or heads, queries, keys], but has {list(mask.shape)}. Others must be bool."
+        )
+    mask = masks.expand_mask(mask, batch, heads, queries, keys).expand(-1, -1, queries, -1)  # so it is not causal
+    name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
+    mask = masks.cross_attention_mask(
+        mask, batch=batch, heads=heads, queries=queries, keys=keys, dtype=query.dtype, implementation=name
+    )
+    return FullPart(mask=mask, implementation=name)
+
+
+def read_in_full(plan: Plan, module, query: Tensor) -> Plan:
+    """`plan` for a module that reads everything in full.
+
+    Raises:
+        ValueError: in a sparse decoder.
+    """
+    if all(isinstance(part, FullPart) for part in plan.parts):
+        return plan
+    if not all(isinstance(part, SparsePart) for part in plan.parts if not isinstance(part, FullPart)):
+        raise ValueError(
+            "All layers of a decoder must have one attention_type. Call set_attention_type of the model, not of a "
+            "layer."
+        )
+    name = full_implementation(module.config)
+    parts = []
+    for part in plan.parts:
+        if isinstance(part, SparsePart):
+            mask = masks.NO_MASK if part.key_mask is None else masks.key_mask_of(part.key_mask, query.dtype, name)
+            part = FullPart(part.start, part.size, part.documents, mask=mask, implementation=name)
+        parts.append(part)
+    return replace(plan, parts=tuple(parts), extents=None)
+
+
 class BigBirdEmbeddings(nn.Module):
     """Tokens, positions and token types, added and normalised."""
 
@@ -118,32 +183,63 @@ class BigBirdEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.scale = config.hidden_size**0.5 if config.rescale_embeddings else 1.0
+        self.hidden_size = config.hidden_size
+        self.rescale_embeddings = config.rescale_embeddings
+        self.num_extra_global_tokens = config.num_extra_global_tokens
         if config.num_extra_global_tokens:
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, config.hidden_size)
+        self.register_position_ids(config.max_position_embeddings)
 
-    def forward(self, input_ids, token_type_ids, position_ids, inputs_embeds) -> Tensor:
-        """`[batch, length, hidden_size]`, from ids of `[batch, length]`; `inputs_embeds` stands for `input_ids`."""
+    def register_position_ids(self, count: int) -> None:
+        """Makes the ids that stand for those which are not given, `[1, count]`. No file holds them."""
+        self.register_buffer("position_ids", torch.arange(count)[None], persistent=False)
+        self.register_buffer("token_type_ids", torch.zeros(1, count, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+        cache_length: int = 0,
+    ) -> Tensor:
+        """`[batch, length, hidden_size]`, from ids of `[batch, length]`.
+
+        Args:
+            input_ids, token_type_ids: by default all tokens are of type 0.
+            position_ids: `[batch or 1, length]`, by default those behind `past_key_values_length` earlier tokens.
+            inputs_embeds: `[batch, length, hidden_size]`, in the place of `input_ids`.
+            cache_length: another name of `past_key_values_length`.
+
+        Raises:
+            ValueError: if there are neither `input_ids` nor `inputs_embeds`.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Give input_ids or inputs_embeds: there is nothing to embed.")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            first = past_key_values_length or cache_length
+            position_ids = self.position_ids[:, first : first + inputs.shape[1]]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
-        width = self.word_embeddings.embedding_dim
         tensors = (inputs, token_type_ids, position_ids)
-        return in_pieces(self._embed, *tensors, width=width, modules=self.children())
+        return in_pieces(self._embed, *tensors, width=self.hidden_size, modules=self.children())
 
     def _embed(self, inputs, token_type_ids, position_ids):
         words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
-        if self.scale != 1.0:
-            words = words * self.scale
+        if self.rescale_embeddings:
+            words = words * self.hidden_size**0.5
         embeddings = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
         return self.LayerNorm(self.dropout(embeddings))
 
     def append_extra_tokens(self, hidden_states: Tensor, documents: int) -> Tensor:
         """`hidden_states`, `[batch, length, hidden_size]`, and behind them the extra global tokens, if there are any:
         those of each document."""
-        if not hasattr(self, "extra_global_tokens"):
+        if not self.num_extra_global_tokens:
             return hidden_states
-        tokens = self.extra_global_tokens.weight.expand(documents, -1, -1)
+        ids = torch.arange(self.num_extra_global_tokens, device=hidden_states.device)
+        tokens = self.extra_global_tokens(ids).expand(documents, -1, -1)
         tokens = self.LayerNorm(self.dropout(tokens)).reshape(hidden_states.shape[0], -1, tokens.shape[-1])
         return torch.cat((hidden_states, tokens), dim=1)
 
@@ -151,14 +247,17 @@ class BigBirdEmbeddings(nn.Module):
 class BigBirdSelfAttention(nn.Module):
     """Every token asks, and reads tokens of its own sequence."""
 
-    def __init__(self, config, layer_idx, is_causal):
+    is_cross_attention = False
+
+    def __init__(self, config, layer_idx=None):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = is_causal  # transformers' attention functions look for it
+        self.layer_idx = layer_idx or 0  # random blocks are drawn by it
+        self.is_causal = config.is_decoder and not self.is_cross_attention  # attention functions look for it
+        self.attention_type = config.attention_type
         self.heads = list(range(config.num_attention_heads))  # those that were not pruned
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.attention_head_size**-0.5
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
@@ -166,26 +265,82 @@ class BigBirdSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        plan: Plan,
+        attention_mask: Plan | Tensor | None = None,
         head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: FullPart | Tensor | None = None,
         past_key_values=None,
-        cache_position: Tensor | None = None,
         output_attentions: bool = False,
+        cache_position: Tensor | None = None,
+        cache=None,
+        cache_idx: int | None = None,
+        **block_masks,
     ) -> tuple[Tensor, Tensor | None]:
-        """The context, `[batch, length, heads * head_dim]`, and the probabilities or None."""
+        """The context, and the probabilities or None. As part of a model attention gets a plan of what is read; called
+        alone it reads everything, but for what a mask hides.
+
+        Args:
+            hidden_states: `[batch, length, hidden_size]`.
+            attention_mask: the plan, or a mask, see `alone`.
+            head_mask: what heads are multiplied by: `[heads]`, or broadcastable to `[batch, heads, length, 1]`.
+            encoder_hidden_states, encoder_attention_mask: for cross-attention, and none in self-attention.
+            past_key_values: a cache, to which keys and values are added.
+            output_attentions: whether to return the probabilities.
+            cache_position: `int64`, `[length]`: places of the tokens in the cache.
+            cache: another name of `past_key_values`.
+            cache_idx: which layer of the cache is this one's, by default `layer_idx`.
+            **block_masks: masks of blocks (`band_mask` and others). They must be None.
+
+        Returns:
+            `[batch, length, all_head_size]` and `[batch, heads, length, keys]`.
+
+        Raises:
+            ValueError: for a mask of a wrong shape, and for what cannot be taken.
+        """
+        refuse_block_masks(**block_masks)
+        if encoder_hidden_states is not None or encoder_attention_mask is not None:
+            raise ValueError(
+                "encoder_hidden_states and encoder_attention_mask are for cross-attention, and this is "
+                "self-attention: call layer.crossattention, which a model with add_cross_attention=True has."
+            )
         key, value = self.keys_and_values(hidden_states)
+        past_key_values = the_cache(past_key_values, cache)
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-        return self._attend(hidden_states, key, value, plan, head_mask, output_attentions)
+            cache_idx = self.layer_idx if cache_idx is None else cache_idx
+            key, value = past_key_values.update(key, value, cache_idx, {"cache_position": cache_position})
+        return self._attend(hidden_states, key, value, attention_mask, head_mask, output_attentions)
 
-    def _attend(self, hidden_states, key, value, plan, head_mask, output_attentions):
-        context, probabilities = plan.attend(self, self.queries(hidden_states), key, value, output_attentions)
+    def _attend(self, hidden_states, key, value, attention_mask, head_mask, output_attentions):
+        query = self.queries(hidden_states)
+        plan = how_to_read(attention_mask, self, query, key.shape[2])
+        context, probabilities = plan.attend(self, query, key, value, output_attentions)
         if head_mask is not None:
-            context = context * head_mask[:, None, None]
-            probabilities = None if probabilities is None else probabilities * head_mask[:, None, None]
+            factors = self._head_factors(head_mask)
+            context = context * factors
+            probabilities = None if probabilities is None else probabilities * factors
         return context.transpose(1, 2).flatten(2), probabilities
+
+    def _head_factors(self, head_mask):
+        """Broadcastable to `[batch, heads, length, 1]`."""
+        factors = head_mask[:, None, None] if head_mask.dim() == 1 else head_mask
+        if factors.shape[-1] != 1 or factors.shape[-3:-2] not in ((1,), (self.num_attention_heads,)):
+            raise ValueError(
+                f"head_mask must have the shape [heads] = [{self.num_attention_heads}] or [1, heads, 1, 1], but has "
+                f"{list(head_mask.shape)}."
+            )
+        return factors
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Those that were not pruned."""
+        return len(self.heads)
+
+    @property
+    def all_head_size(self) -> int:
+        """The width of the context."""
+        return self.num_attention_heads * self.attention_head_size
 
     @property
     def dropout(self) -> float:
@@ -193,7 +348,7 @@ class BigBirdSelfAttention(nn.Module):
         return self.config.attention_probs_dropout_prob if self.training else 0.0
 
     def queries(self, states: Tensor) -> Tensor:
-        """`[batch, heads, length, head_dim]` of `[batch, length, hidden_size]`."""
+        """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
         return self._split_heads(linear(self.query, states))
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,50 +356,69 @@ class BigBirdSelfAttention(nn.Module):
         return self._split_heads(linear(self.key, states)), self._split_heads(linear(self.value, states))
 
     def _split_heads(self, states: Tensor) -> Tensor:
-        """`[batch, length, heads * head_dim]` -> `[batch, heads, length, head_dim]`."""
+        """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`."""
         # Not `unflatten`: the graphs of `torch.onnx.export(..., dynamo=False)` would take the length for a constant.
-        return states.view(*states.shape[:-1], len(self.heads), self.head_dim).transpose(1, 2)
+        return states.view(*states.shape[:-1], self.num_attention_heads, self.attention_head_size).transpose(1, 2)
 
 
 class BigBirdCrossAttention(BigBirdSelfAttention):
     """Every token asks, and reads the states of an encoder. Their keys and values are computed once per sequence."""
 
+    is_cross_attention = True
+
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        plan: FullPart,
+        attention_mask: None = None,
+        head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: FullPart | Tensor | None = None,
         past_key_values=None,
         output_attentions: bool = False,
+        cache_position: None = None,
+        cache=None,
+        cache_idx: int | None = None,
+        **block_masks,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `BigBirdSelfAttention.forward`, on `encoder_hidden_states` of `[batch, source length, hidden_size]`."""
-        key, value = self._cached_keys_and_values(encoder_hidden_states, past_key_values)
-        return self._attend(hidden_states, key, value, plan, None, output_attentions)
+        """As `BigBirdSelfAttention.forward`, but `encoder_hidden_states`, `[batch, source length, hidden_size]`, are
+        read, with a mask or plan in `encoder_attention_mask`."""
+        refuse_block_masks(**block_masks)
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states must be given: cross-attention reads nothing else.")
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask must be None in cross-attention: what is read of encoder_hidden_states is said by "
+                "encoder_attention_mask."
+            )
+        cache_idx = self.layer_idx if cache_idx is None else cache_idx
+        key, value = self._cached_keys_and_values(encoder_hidden_states, the_cache(past_key_values, cache), cache_idx)
+        return self._attend(hidden_states, key, value, encoder_attention_mask, head_mask, output_attentions)
 
-    def _cached_keys_and_values(self, encoder_hidden_states, past_key_values):
+    def _cached_keys_and_values(self, encoder_hidden_states, past_key_values, cache_idx):
         cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
-        if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+        if cache is not None and cache.is_updated.get(cache_idx):
+            layer = cache.cross_attention_cache.layers[cache_idx]
             return layer.keys, layer.values
         key, value = self.keys_and_values(encoder_hidden_states)
         if cache is not None:
-            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
+            key, value = cache.cross_attention_cache.update(key, value, cache_idx)
+            cache.is_updated[cache_idx] = True
         return key, value
 
 
 class BigBirdOutput(nn.Module):
     """A projection back to the hidden size, added to what went in, and normalised."""
 
-    def __init__(self, config, input_size):
+    def __init__(self, config, input_size=None):
         super().__init__()
-        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.dense = nn.Linear(input_size or config.intermediate_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
-        """`[batch, length, hidden_size]` from `states` of `[batch, length, input_size]`."""
-        return in_pieces(self._project, states, residual, width=residual.shape[-1], modules=self.children())
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """`[batch, length, hidden_size]`, added to `input_tensor`, from `[batch, length, input_size]`."""
+        width = input_tensor.shape[-1]
+        return in_pieces(self._project, hidden_states, input_tensor, width=width, modules=self.children())
 
     def _project(self, states, residual):
         if self.dropout.training:
@@ -255,23 +429,35 @@ class BigBirdOutput(nn.Module):
 class BigBirdAttention(nn.Module):
     """Attention, and the projection of its context."""
 
-    def __init__(self, config, layer_idx, is_cross_attention=False):
+    def __init__(self, config, seed=None, is_cross_attention=False):
         super().__init__()
         attention_class = BigBirdCrossAttention if is_cross_attention else BigBirdSelfAttention
-        self.self = attention_class(config, layer_idx, is_causal=config.is_decoder and not is_cross_attention)
+        self.self = attention_class(config, layer_idx=seed)
         self.output = BigBirdOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """The new hidden states and the probabilities or None; arguments as those of the attention within."""
         context, probabilities = self.self(hidden_states, *args, **kwargs)
         return self.output(context, hidden_states), probabilities
+
+    @property
+    def attention_type(self) -> str:
+        """How it reads: `"block_sparse"` or `"original_full"`."""
+        return self.self.attention_type
+
+    def set_attention_type(self, value: str, layer_idx: int | None = None) -> None:
+        """Chooses how this attention alone reads, see `BigBirdModel.set_attention_type`. `layer_idx` has no effect."""
+        check_attention_type(value)
+        self.self.attention_type = value
 
     def prune_heads(self, heads) -> None:
         """Removes heads, given by their index among all that there were at first."""
         attention = self.self
         kept = [head for head in attention.heads if head not in heads]
         places = torch.tensor([attention.heads.index(head) for head in kept], dtype=torch.long)
-        index = (places[:, None] * attention.head_dim + torch.arange(attention.head_dim)).flatten()
+        index = (
+            places[:, None] * attention.attention_head_size + torch.arange(attention.attention_head_size)
+        ).flatten()
         for name in ("query", "key", "value"):
             setattr(attention, name, prune_linear_layer(getattr(attention, name), index))
         self.output.dense = prune_linear_layer(self.output.dense, index, dim=1)
@@ -284,57 +470,91 @@ class BigBirdIntermediate(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = activation_function(config.hidden_act)
+        self.intermediate_act_fn = activation_function(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., intermediate_size]` from `[..., hidden_size]`."""
-        return linear(self.dense, hidden_states, self.activation)
+        return linear(self.dense, hidden_states, self.intermediate_act_fn)
 
 
 class BigBirdLayer(GradientCheckpointingLayer):
     """Self-attention, cross-attention if there is any, and the feed-forward part."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config, seed=None):
+        """`seed` is the number of the layer, by which its random blocks are drawn."""
         super().__init__()
+        self.config = config
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.seq_len_dim = 1
         self.intermediate_size = config.intermediate_size
-        self.attention = BigBirdAttention(config, layer_idx)
+        self.is_decoder = config.is_decoder
+        self.add_cross_attention = config.add_cross_attention
+        self.attention = BigBirdAttention(config, seed)
         if config.add_cross_attention:
-            self.crossattention = BigBirdAttention(config, layer_idx, is_cross_attention=True)
+            self.crossattention = BigBirdAttention(config, seed, is_cross_attention=True)
         self.intermediate = BigBirdIntermediate(config)
-        self.output = BigBirdOutput(config, config.intermediate_size)
+        self.output = BigBirdOutput(config)
 
     def forward(
         self,
         hidden_states: Tensor,
-        plan: Plan,
+        attention_mask: Plan | Tensor | None = None,
         head_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_plan: FullPart | None = None,
-        cache_position: Tensor | None = None,
-        output_attentions: bool = False,
+        encoder_attention_mask: FullPart | Tensor | None = None,
+        band_mask: None = None,
+        from_mask: None = None,
+        to_mask: None = None,
+        blocked_encoder_mask: None = None,
         past_key_values=None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """New hidden states, `[batch, length, hidden_size]`, probabilities, and those of cross-attention."""
-        hidden_states, probabilities = self.attention(
-            hidden_states, plan, head_mask, past_key_values, cache_position, output_attentions
-        )
-        cross_probabilities = None
-        if encoder_hidden_states is not None:
-            hidden_states, cross_probabilities = self.crossattention(
-                hidden_states, encoder_hidden_states, encoder_plan, past_key_values, output_attentions
-            )
-        if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
-            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
-            hidden_states = torch.cat([self.feed_forward(chunk) for chunk in chunks], dim=1)
-        else:
-            modules = (self.intermediate, self.output)
-            hidden_states = in_pieces(self.feed_forward, hidden_states, width=self.intermediate_size, modules=modules)
-        return hidden_states, probabilities, cross_probabilities
+        output_attentions: bool = False,
+        cache_position: Tensor | None = None,
+        cache=None,
+        cache_idx: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Arguments as those of `BigBirdSelfAttention.forward`.
 
-    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        Returns:
+            Tensors alone: new hidden states, `[batch, length, hidden_size]`, and with `output_attentions` the
+            probabilities, and those of cross-attention if there is any.
+        """
+        refuse_block_masks(
+            band_mask=band_mask, from_mask=from_mask, to_mask=to_mask, blocked_encoder_mask=blocked_encoder_mask
+        )
+        how = {"past_key_values": the_cache(past_key_values, cache), "output_attentions": output_attentions}
+        how |= {"cache_position": cache_position, "cache_idx": cache_idx}
+        hidden_states, *probabilities = self.attention(hidden_states, attention_mask, head_mask, **how)
+        if self.is_decoder and encoder_hidden_states is not None:
+            self._check_cross_attention()
+            how |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+            hidden_states, cross_probabilities = self.crossattention(hidden_states, **how)
+            probabilities.append(cross_probabilities)
+        hidden_states = self._feed_forward(hidden_states)
+        return (hidden_states, *probabilities) if output_attentions else (hidden_states,)
+
+    def _check_cross_attention(self):
+        if not hasattr(self, "crossattention"):
+            raise ValueError("encoder_hidden_states needs a layer with cross-attention: add_cross_attention=True.")
+
+    def _feed_forward(self, hidden_states):
+        if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
+            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
+            return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
+        modules = (self.intermediate, self.output)
+        return in_pieces(self.feed_forward_chunk, hidden_states, width=self.intermediate_size, modules=modules)
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
-        return self.output(self.intermediate(hidden_states), hidden_states)
+        return self.output(self.intermediate(attention_output), attention_output)
+
+    @property
+    def attention_type(self) -> str:
+        """How the layer reads its own sequence: `"block_sparse"` or `"original_full"`."""
+        return self.attention.attention_type
+
+    def set_attention_type(self, value: str, layer_idx: int | None = None) -> None:
+        """As `BigBirdAttention.set_attention_type`."""
+        self.attention.set_attention_type(value)
 
     def stream(self, states: Tensor, plan: Plan) -> None:
         """As `forward`, in inference, but written over `states`, one of the `shares` of a plan: of a document that is
@@ -366,7 +586,7 @@ class BigBirdLayer(GradientCheckpointingLayer):
         states[:, :first], states[:, last:] = ends[:, :first], ends[:, first:]
 
     def _after_attention(self, context, states):
-        return self.feed_forward(self.attention.output(context.transpose(1, 2).flatten(2), states))
+        return self.feed_forward_chunk(self.attention.output(context.transpose(1, 2).flatten(2), states))
 
 
 class BigBirdEncoder(nn.Module):
@@ -374,46 +594,88 @@ class BigBirdEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.layer = nn.ModuleList(BigBirdLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
     def forward(
         self,
-        hidden_states,
-        plan,
-        head_masks,
-        *others,
-        past_key_values,
-        output_attentions,
-        output_hidden_states,
-        streams,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """All layers on what has entered the plan, `[batch, padded length and extra tokens, hidden_size]` or a packed
-        row; what comes out has left it, `[batch, length, hidden_size]`. With `streams`, the layers write over the
-        states that come in, part after part."""
+        hidden_states: Tensor,
+        attention_mask: Plan | Tensor | None = None,
+        head_mask=None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: FullPart | Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        band_mask: None = None,
+        from_mask: None = None,
+        to_mask: None = None,
+        blocked_encoder_mask: None = None,
+        return_dict: bool = True,
+        cache_position: Tensor | None = None,
+        cache=None,
+        streams: bool = False,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple:
+        """All layers, one after another; arguments as those of `BigBirdSelfAttention.forward`, and:
+
+        Args:
+            hidden_states: `[batch, length, hidden_size]`, or what has entered the plan. What comes out has left it.
+            head_mask: for each layer a head mask or None.
+            use_cache: whether to make a cache, if none is given.
+            streams: whether the layers write over the states that come in, part after part.
+        """
+        refuse_block_masks(
+            band_mask=band_mask, from_mask=from_mask, to_mask=to_mask, blocked_encoder_mask=blocked_encoder_mask
+        )
         if streams:
-            for states, own_plan in plan.shares(hidden_states, self.layer[0].tokens_at_once(hidden_states)):
-                for layer in self.layer:
-                    layer.stream(states, own_plan)
-            return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states))
-        attentions, cross_attentions = (), ()
-        all_hidden_states = (plan.leave(hidden_states),) if output_hidden_states else None
-        for layer, head_mask in zip(self.layer, head_masks, strict=True):
-            hidden_states, attention, cross_attention = layer(
-                hidden_states, plan, head_mask, *others, output_attentions, past_key_values=past_key_values
-            )
+            return self._stream(hidden_states, attention_mask)
+        past_key_values = the_cache(past_key_values, cache)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        is_planned = isinstance(attention_mask, Plan)
+        plan = attention_mask if is_planned else Plan((), *hidden_states.shape[:2], positions=None)
+        how = {"past_key_values": past_key_values, "output_attentions": output_attentions}
+        how |= {"cache_position": cache_position}
+        all_hidden_states, attentions, cross_attentions = (), (), ()
+        for cache_idx, layer in enumerate(self.layer):
             if output_hidden_states:
                 all_hidden_states += (plan.leave(hidden_states),)
-            if output_attentions:
-                attentions += (plan.leave_probabilities(attention),)
-                cross_attentions += () if cross_attention is None else (cross_attention,)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=plan.leave(hidden_states),
-            hidden_states=all_hidden_states,
+            layer_mask = None if head_mask is None else head_mask[cache_idx]
+            arguments = (hidden_states, attention_mask, layer_mask, encoder_hidden_states, encoder_attention_mask)
+            outputs = layer(*arguments, cache_idx=cache_idx, **how)
+            # a hook or somebody's own layer may return nothing but the states
+            hidden_states, *probabilities = (outputs,) if isinstance(outputs, Tensor) else outputs
+            attentions += tuple(plan.leave_probabilities(own) for own in probabilities[:1])
+            cross_attentions += tuple(probabilities[1:])
+        hidden_states = plan.leave(hidden_states)
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
             cross_attentions=cross_attentions or None,
             **{CACHE: past_key_values},
         )
+        return output if return_dict else output.to_tuple()
+
+    def _stream(self, hidden_states, plan):
+        for states, own_plan in plan.shares(hidden_states, self.layer[0].tokens_at_once(hidden_states)):
+            for layer in self.layer:
+                layer.stream(states, own_plan)
+        return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states))
+
+    @property
+    def attention_type(self) -> str:
+        """How the layers read: `"block_sparse"` if any of them does, else `"original_full"`."""
+        types = [getattr(layer, "attention_type", None) for layer in self.layer]
+        return "block_sparse" if "block_sparse" in types else "original_full"
+
+    def set_attention_type(self, value: str) -> None:
+        """As `BigBirdModel.set_attention_type`."""
+        check_attention_type(value)
+        for layer in self.layer:
+            layer.set_attention_type(value)
 
 
 class BigBirdPreTrainedModel(PreTrainedModel):
@@ -465,6 +727,9 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, BigBirdEmbeddings):  # version 5 loads models without the numbers of such buffers
+            nn.init.zeros_(module.token_type_ids)
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[1]))
 
     def get_position_embeddings(self) -> nn.Embedding:
         """The position embeddings, `[max_position_embeddings, hidden_size]`."""
@@ -485,7 +750,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         if method not in ("tile", "interpolate"):
             raise ValueError(f"method must be 'tile' or 'interpolate', but is {method!r}.")
         old = self.get_position_embeddings()
-        count = old.num_embeddings
+        count = self.config.max_position_embeddings
         if method == "tile" or new_num_position_embeddings <= count:
             weight = old.weight.detach()[torch.arange(new_num_position_embeddings) % count]
         else:
@@ -496,6 +761,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
             weight = stretched[0].t().contiguous().to(old.weight.dtype)
         new = nn.Embedding.from_pretrained(weight, freeze=not old.weight.requires_grad)
         self.base_model.embeddings.position_embeddings = new
+        self.base_model.embeddings.register_position_ids(new_num_position_embeddings)
         if self.config.random_plan_positions is None:
             self.config.random_plan_positions = count
         self.config.max_position_embeddings = new_num_position_embeddings
@@ -507,8 +773,8 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for any other value.
         """
-        check_attention_type(value)
-        self.base_model.attention_type = self.config.attention_type = value
+        self.base_model.encoder.set_attention_type(value)
+        self.config.attention_type = value
 
 
 def refuse_context_parallel() -> None:
@@ -551,11 +817,16 @@ class BigBirdModel(BigBirdPreTrainedModel):
         config = self.config
         if config.add_cross_attention and not config.is_decoder:
             raise ValueError("add_cross_attention=True needs is_decoder=True: an encoder reads no other encoder.")
-        self.attention_type = config.attention_type
         self.embeddings = BigBirdEmbeddings(config)
         self.encoder = BigBirdEncoder(config)
         self.pooler = BigBirdPooler(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.activation = nn.Tanh() if add_pooling_layer else None
         self.post_init()
+
+    @property
+    def attention_type(self) -> str:
+        """How the layers read, see `set_attention_type`."""
+        return self.encoder.attention_type
 
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
@@ -655,8 +926,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             self._head_masks(head_mask),
             encoder_hidden_states,
             self._encoder_plan(encoder_attention_mask, encoder_hidden_states, tokens),
-            tokens.places,
-            past_key_values=past_key_values,
+            past_key_values,
+            cache_position=tokens.places,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             streams=not asks_for_more and self._streams(hidden_states, plan),
@@ -692,7 +963,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _pool(self, hidden_states, attention_mask, position_ids):
         if self.pooler is None:
             return None
-        return torch.tanh(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
+        return self.activation(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
 
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""
@@ -712,6 +983,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return (
             len(layers) > 0
             and all(type(layer) is BigBirdLayer and not layer.attention.self.training for layer in layers)
+            and len({layer.attention_type for layer in layers}) == 1
             and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
             and not is_watched(self.embeddings)
             and not is_watched(self.encoder)
@@ -730,9 +1002,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if self.encoder.gradient_checkpointing and self.training:
             use_cache = False
         if past_key_values is None and use_cache and self.config.is_decoder and not has_documents:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache()  # of as many layers as there are, whatever the configuration says
             if self.config.add_cross_attention:
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         return past_key_values
 
     def _encoder_plan(self, mask, encoder_hidden_states, tokens: Tokens) -> FullPart | None:
@@ -755,7 +1027,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
 
     def _head_masks(self, head_mask) -> list[Tensor | None]:
         """The factors of each layer's heads."""
-        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        layers, heads = len(self.encoder.layer), self.config.num_attention_heads
         if head_mask is None:
             return [None] * layers
         if head_mask.shape not in ((heads,), (layers, heads)):

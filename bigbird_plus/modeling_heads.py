@@ -122,12 +122,12 @@ class BigBirdPredictionHeadTransform(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = activation_function(config.hidden_act)
+        self.transform_act_fn = activation_function(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., hidden_size]` of the same."""
-        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
 
 
 class BigBirdLMPredictionHead(nn.Module):
@@ -151,9 +151,9 @@ class BigBirdOnlyMLMHead(nn.Module):
         super().__init__()
         self.predictions = BigBirdLMPredictionHead(config)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, sequence_output: Tensor) -> Tensor:
         """`[..., vocab_size]` from `[..., hidden_size]`."""
-        return self.predictions(hidden_states)
+        return self.predictions(sequence_output)
 
 
 class BigBirdPreTrainingHeads(nn.Module):
@@ -164,9 +164,9 @@ class BigBirdPreTrainingHeads(nn.Module):
         self.predictions = BigBirdLMPredictionHead(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, hidden_states: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, sequence_output: Tensor, pooled_output: Tensor) -> tuple[Tensor, Tensor]:
         """`[batch, length, vocab_size]` and `[batch, 2]`."""
-        return self.predictions(hidden_states), self.seq_relationship(pooled)
+        return self.predictions(sequence_output), self.seq_relationship(pooled_output)
 
 
 class _LanguageModel(BigBirdPreTrainedModel):
@@ -487,9 +487,10 @@ class BigBirdClassificationHead(nn.Module):
         self.activation = activation_function(config.hidden_act if activation is None else activation)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[batch, num_labels]` from the first tokens' states, `[batch, hidden_size]`."""
-        states = self.dropout(hidden_states)
+    def forward(self, features: Tensor) -> Tensor:
+        """`[batch, num_labels]` from the first tokens' states, `[batch, hidden_size]`, or from those of all tokens,
+        `[batch, length, hidden_size]`."""
+        states = self.dropout(features if features.dim() == 2 else features[:, 0])
         return self.out_proj(self.dropout(self.activation(self.dense(states))))
 
 
@@ -709,13 +710,13 @@ class BigBirdForQuestionAnsweringHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.intermediate = BigBirdIntermediate(config)
-        self.output = BigBirdOutput(config, config.intermediate_size)
+        self.output = BigBirdOutput(config)
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, encoder_output: Tensor) -> Tensor:
         """`[batch, length, 2]` from `[batch, length, hidden_size]`."""
-        states = self.intermediate(self.dropout(hidden_states))
-        return self.qa_outputs(self.output(states, hidden_states))
+        states = self.intermediate(self.dropout(encoder_output))
+        return self.qa_outputs(self.output(states, encoder_output))
 
 
 class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from bigbird_plus import linear as module
-from bigbird_plus.linear import linear, prefers_onednn, tanh_gelu
+from bigbird_plus.linear import TanhGELU, linear, prefers_onednn
+
+tanh_gelu = TanhGELU()
 
 pytestmark = pytest.mark.skipif(not module.has_onednn(), reason="this torch has no oneDNN")
 
