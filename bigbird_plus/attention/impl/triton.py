@@ -196,9 +196,17 @@ def _launch(kernel, call: _Call, lists: WalkLists, *tensors: Tensor | None) -> N
             **sizes,
             LAYOUTS=lists.starts.shape[0],
             IS_CAUSAL=call.is_causal,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+            PRECISION=_precision(),
             num_stages=2,
         )
+
+
+def _precision() -> str:
+    """That of products in float32, as the user has set it for all of torch's. (From torch 2.9 on reading the older of
+    two settings is an error once the newer one was used.)"""
+    matmul = torch.backends.cuda.matmul
+    allows_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allows_tf32 else "tf32x3"
 
 
 def _merge(call: _Call, parts: Tensor, targets: Tensor, lse_parts=None, log_sum_exp=None) -> None:

@@ -97,7 +97,7 @@ def forward_kernel(
     """Contexts and their log-sum-exps, a tile of queries in each program."""
     STRIDE: tl.constexpr = HEADS * HEAD_DIM
     TILES: tl.constexpr = BLOCK // TILE
-    HIDES: tl.constexpr = IS_CAUSAL or key_mask is not None or documents is not None
+    HIDES: tl.constexpr = (IS_CAUSAL or key_mask is not None) or documents is not None
     place, from_block, to_block, head, row, queries, first, last, part, is_part = _find_work(
         documents, rows, starts, num_blocks, num_long, segments, HEADS, LAYOUTS, BLOCK, TILE
     )
@@ -167,7 +167,7 @@ def query_gradient_kernel(
         k = _load(key + own, keys, STRIDE, HEAD_DIM, WIDTH)
         v = _load(value + own, keys, STRIDE, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.load(gains + step // TILES)
-        if IS_CAUSAL or key_mask is not None or documents is not None:
+        if (IS_CAUSAL or key_mask is not None) or documents is not None:
             real = keys if key_mask is None else tl.load(key_mask + place + keys)
             scores = _hide(
                 scores, queries[:, None], keys[None, :], real[None, :], is_there, key_mask, documents, IS_CAUSAL
