@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .attention.common import is_exporting, is_tracing
+from .attention.common import is_exporting, is_tracing, is_transformed
 from .pieces import is_watched
 
 
@@ -53,7 +52,7 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
     elif not (_is_plain(layer) and _suits(layer.weight, states)):
         states = layer(states)
     elif not prefers_onednn(states):
-        is_gelu = is_gelu and residual is None and not torch.is_grad_enabled() and not is_tracing()
+        is_gelu = is_gelu and residual is None and not (torch.is_grad_enabled() or is_tracing() or is_transformed())
         if is_gelu and _has_product_with_gelu(layer, states):
             return _product_with_gelu(layer, states)
         states = layer(states)
@@ -74,7 +73,9 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
 
 def prefers_onednn(states: Tensor) -> bool:
     """Whether products with these states are oneDNN's rather than torch's default."""
-    if states.device.type != "cpu" or is_tracing() or torch.is_autocast_enabled("cpu") or not has_onednn():
+    if states.device.type != "cpu" or is_tracing() or is_transformed():
+        return False
+    if torch.is_autocast_enabled("cpu") or not has_onednn():
         return False
     if states.dtype is torch.float32:
         return _vendor_is_amd()
@@ -158,13 +159,14 @@ class _OneDnnLinear(torch.autograd.Function):
         return onednn_product(states, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         states, weight = ctx.saved_tensors
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
+        # With create_graph=True gradients are differentiated again, which oneDNN's products are not.
+        product = nn.functional.linear if torch.is_grad_enabled() else onednn_product
         return (
-            onednn_product(grad.contiguous(), weight.t().contiguous(), None) if needs_states else None,
+            product(grad.contiguous(), weight.t().contiguous(), None) if needs_states else None,
             rows.t() @ states.flatten(0, -2) if needs_weight else None,
             rows.sum(0) if ctx.has_bias and needs_bias else None,
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .attention.common import is_tracing, pieces_at_once, runs
+from .attention.common import is_tracing, is_transformed, pieces_at_once, runs
 
 
 def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Module]) -> Tensor:
@@ -19,7 +19,7 @@ def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Modul
         width: how many numbers `function` makes of a token at most.
         modules: those that `function` calls. Where hooks watch them, they are called once for all tokens.
     """
-    if tensors[0].device.type != "cpu" or torch.is_grad_enabled() or is_tracing():
+    if tensors[0].device.type != "cpu" or torch.is_grad_enabled() or is_tracing() or is_transformed():
         return function(*tensors)  # before the sizes are asked for: graphs are for any
     batch, length = tensors[0].shape[:2]
     size = pieces_at_once(batch * width * torch.float32.itemsize)

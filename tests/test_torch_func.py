@@ -54,6 +54,20 @@ def test_jvp(model):
     torch.testing.assert_close(actual, sum((gradient[name] * direction[name]).sum() for name in parameters))
 
 
+def test_of_embeddings(model):
+    """The parameters are plain ones here, for which linear layers have a faster product."""
+    embeds = torch.randn(1, 130, 32, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    model, direction = model.float(), torch.randn(1, 130, 32, generator=torch.Generator().manual_seed(1))
+
+    def loss(embeds):
+        return model(inputs_embeds=embeds).last_hidden_state.sin().sum()
+
+    expected = torch.autograd.grad(loss(embeds.requires_grad_()), embeds)[0]
+    torch.testing.assert_close(grad(loss)(embeds.detach()), expected, atol=1e-4, rtol=1e-4)
+    _, actual = jvp(loss, (embeds.detach(),), (direction,))
+    torch.testing.assert_close(actual, (expected * direction).sum(), atol=1e-3, rtol=1e-3)
+
+
 def test_second_derivatives():
     """Of sparse attention: torch has none of its own flash attention on a CPU."""
     results = []
