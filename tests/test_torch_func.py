@@ -77,5 +77,6 @@ def test_second_derivatives():
         weights = list(model.encoder.parameters())
         first = torch.autograd.grad(model(SPARSE).last_hidden_state.sin().sum(), weights, create_graph=True)
         results.append(torch.autograd.grad(sum(one.square().sum() for one in first), weights))
+    largest = max(expected.norm() for expected in results[1])
     for actual, expected in zip(*results, strict=True):
-        assert (actual - expected).norm() <= 1e-3 * expected.norm() + 1e-2
+        assert (actual - expected).norm() <= 1e-3 * expected.norm() + 1e-5 * largest  # all but zero for the keys' bias
