@@ -210,13 +210,6 @@ def refuse_decoder(model: BigBirdPreTrainedModel) -> None:
         )
 
 
-def freeze_pooler(model: BigBirdModel) -> None:
-    """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
-    parameter without a gradient stops distributed training."""
-    if model.pooler is not None:
-        model.pooler.freeze()
-
-
 class BigBirdForPreTraining(_LanguageModel):
     """Masked language modelling and next sentence prediction."""
 
@@ -285,7 +278,7 @@ class BigBirdForMaskedLM(_LanguageModel):
         super().__init__(config)
         self.bert = BigBirdModel(config)
         self.cls = BigBirdOnlyMLMHead(config)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     def forward(
@@ -356,7 +349,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             )
         self.bert = BigBirdModel(config)
         self.cls = BigBirdOnlyMLMHead(config)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     @staticmethod
@@ -460,7 +453,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = BigBirdModel(config)
         self.classifier = BigBirdClassificationHead(config)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     def forward(
@@ -591,7 +584,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         self.bert = BigBirdModel(config)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     def forward(
@@ -664,7 +657,7 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
 
     Args:
         config: a `BigBirdConfig`.
-        add_pooling_layer: whether to return `pooler_output`, too.
+        add_pooling_layer: whether to return `pooler_output`, too, for a loss of yours that trains the layer.
     """
 
     def __init__(self, config, add_pooling_layer=False):
@@ -672,7 +665,6 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
         super().__init__(config)
         self.bert = BigBirdModel(config, add_pooling_layer=add_pooling_layer)
         self.qa_classifier = BigBirdForQuestionAnsweringHead(config)
-        freeze_pooler(self.bert)
         self.post_init()
 
     def forward(
