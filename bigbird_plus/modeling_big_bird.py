@@ -491,10 +491,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if self.pooler is not None:
             self.pooler.requires_grad_(False)
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
+    def _initialize_weights(self, module, *args):
+        super()._initialize_weights(module, *args)
         if module is self and self.pooler_is_idle:
-            self.freeze_pooler()  # transformers 5 has made new parameters of what it has loaded
+            self.freeze_pooler()  # transformers 5 calls this after it has made new parameters of what it has loaded
 
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
