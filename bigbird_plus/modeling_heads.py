@@ -430,6 +430,8 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
 class BigBirdClassificationHead(nn.Module):
     """Scores of the classes of a whole input, from the state of its first token."""
 
+    weight = None  # some adapters of PEFT ask a head that they train whole for it as they merge
+
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -638,6 +640,8 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
 
 class BigBirdForQuestionAnsweringHead(nn.Module):
     """Scores of each token as the start and as the end of the answer."""
+
+    weight = None  # as in `BigBirdClassificationHead`
 
     def __init__(self, config):
         super().__init__()
