@@ -788,22 +788,6 @@ def refuse_context_parallel() -> None:
         )
 
 
-class BigBirdPooler(nn.Linear):
-    """The layer behind `pooler_output`. Frozen it stays frozen, also as it gets other parameters: transformers 5 makes
-    new ones of what it loads."""
-
-    is_frozen = False
-
-    def freeze(self) -> None:
-        self.is_frozen = True
-        self.requires_grad_(False)
-
-    def register_parameter(self, name, param):
-        if self.is_frozen:
-            param.requires_grad_(False)
-        super().register_parameter(name, param)
-
-
 class BigBirdModel(BigBirdPreTrainedModel):
     """BigBird without a head on top: an encoder, or with `config.is_decoder` a decoder.
 
@@ -819,14 +803,27 @@ class BigBirdModel(BigBirdPreTrainedModel):
             raise ValueError("add_cross_attention=True needs is_decoder=True: an encoder reads no other encoder.")
         self.embeddings = BigBirdEmbeddings(config)
         self.encoder = BigBirdEncoder(config)
-        self.pooler = BigBirdPooler(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.activation = nn.Tanh() if add_pooling_layer else None
+        self.pooler_is_idle = False
         self.post_init()
 
     @property
     def attention_type(self) -> str:
         """How the layers read, see `set_attention_type`."""
         return self.encoder.attention_type
+
+    def freeze_pooler(self) -> None:
+        """For heads that do not use the pooling layer: keeps it, for the sake of checkpoints, but out of training, as a
+        parameter without a gradient stops distributed training; and computes no padding for it."""
+        self.pooler_is_idle = True
+        if self.pooler is not None:
+            self.pooler.requires_grad_(False)
+
+    def _initialize_weights(self, module, *args):
+        super()._initialize_weights(module, *args)
+        if module is self and self.pooler_is_idle:
+            self.freeze_pooler()  # transformers 5 calls this after it has made new parameters of what it has loaded
 
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
@@ -958,7 +955,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
 
     def _uses_pooler(self) -> bool:
-        return self.pooler is not None and not self.pooler.is_frozen
+        return self.pooler is not None and not self.pooler_is_idle
 
     def _pool(self, hidden_states, attention_mask, position_ids):
         if self.pooler is None:

@@ -227,13 +227,6 @@ def refuse_decoder(model: BigBirdPreTrainedModel) -> None:
         )
 
 
-def freeze_pooler(model: BigBirdModel) -> None:
-    """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
-    parameter without a gradient stops distributed training."""
-    if model.pooler is not None:
-        model.pooler.freeze()
-
-
 class BigBirdForPreTraining(_LanguageModel):
     """Masked language modelling and next sentence prediction."""
 
@@ -307,7 +300,7 @@ class BigBirdForMaskedLM(_LanguageModel):
         config = self.config
         self.bert = BigBirdModel(config)
         self.cls = BigBirdOnlyMLMHead(config)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     @uncompiled_for_documents
@@ -383,7 +376,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             )
         self.bert = BigBirdModel(config)
         self.cls = BigBirdOnlyMLMHead(config)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     @staticmethod
@@ -479,6 +472,8 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
 class BigBirdClassificationHead(nn.Module):
     """Scores of the classes of a whole input, from the state of its first token."""
 
+    weight = None  # some adapters of PEFT ask a head that they train whole for it as they merge
+
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -504,7 +499,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = BigBirdModel(config)
         self.classifier = BigBirdClassificationHead(config)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     @uncompiled_for_documents
@@ -648,7 +643,7 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
         self.bert = BigBirdModel(config)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        freeze_pooler(self.bert)
+        self.bert.freeze_pooler()
         self.post_init()
 
     @uncompiled_for_documents
@@ -706,6 +701,8 @@ class BigBirdForTokenClassification(BigBirdPreTrainedModel):
 class BigBirdForQuestionAnsweringHead(nn.Module):
     """Scores of each token as the start and as the end of the answer."""
 
+    weight = None  # as in `BigBirdClassificationHead`
+
     def __init__(self, config):
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -724,7 +721,7 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
 
     Args:
         config: a `BigBirdConfig`.
-        add_pooling_layer: whether to return `pooler_output`, too.
+        add_pooling_layer: whether to return `pooler_output`, too, for a loss of yours that trains the layer.
     """
 
     def __init__(self, config, add_pooling_layer=False):
@@ -733,7 +730,6 @@ class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
         config = self.config
         self.bert = BigBirdModel(config, add_pooling_layer=add_pooling_layer)
         self.qa_classifier = BigBirdForQuestionAnsweringHead(config)
-        freeze_pooler(self.bert)
         self.post_init()
 
     @uncompiled_for_documents

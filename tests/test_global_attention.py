@@ -174,7 +174,7 @@ def test_engines_agree_packed_or_not(side, training, fields):
     for implementation, computes_padding in (("eager", True), ("sdpa", True), ("sdpa", False)):
         model = make_model(implementation=implementation, num_random_blocks=2, num_hidden_layers=2, **fields)
         model.train(training)
-        model.pooler.freeze()
+        model.freeze_pooler()
         inputs = {"attention_mask": mask, "global_attention_mask": chosen, "output_attentions": True}
         output = model(ids, computes_padding=computes_padding, **inputs)
         (output.last_hidden_state * mask[..., None]).sin().sum().backward()

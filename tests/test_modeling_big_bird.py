@@ -120,7 +120,7 @@ def test_states_of_padding_are_zero(attention_type, where, idle_pooler):
     place that the pooling layer looks at."""
     model = make_model(attention_type=attention_type)
     if idle_pooler:
-        model.pooler.freeze()
+        model.freeze_pooler()
     mask = torch.ones(2, SPARSE, dtype=torch.bool)
     mask[1, {"right": slice(50, None), "inside": slice(60, 64), "left": slice(None, 50)}[where]] = False
     with torch.no_grad():

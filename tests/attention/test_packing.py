@@ -31,7 +31,7 @@ def unpacked(model, *args, **kwargs):
 def test_packing_changes_no_output_and_no_gradient(attention_type, total, side, training):
     model, _ = make_pair(attention_type=attention_type, eval_random_blocks=True)
     model.train(training)
-    model.pooler.freeze()  # else it wants the state of the first place, even of padding
+    model.freeze_pooler()  # else it wants the state of the first place, even of padding
     ids, mask = random_ids(4, total), mask_of([total, total // 2, 30, 0], total, side)
     results = []
     for run in (model, lambda *args, **kwargs: unpacked(model, *args, **kwargs)):

@@ -10,12 +10,17 @@ import torch
 from packaging.version import Version
 from peft import (
     AdaLoraConfig,
+    FourierFTConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     TaskType,
+    VBLoRAConfig,
+    VeraConfig,
     get_peft_model,
 )
 from peft.utils import constants
@@ -23,7 +28,7 @@ from transformers import TorchAoConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import bigbird_plus
-from tests.peers import TASK_MODELS, random_inputs
+from tests.peers import TASK_MODELS, make_pair, random_inputs
 from tests.training.common import LENGTH, labelled_rows, make_trainer, tiny_model
 
 PEFT_IS_RECENT = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
@@ -113,6 +118,65 @@ def test_other_adapters_find_their_layers_too(method, tmp_path):
     loaded = PeftModel.from_pretrained(tiny_model(name), tmp_path / "adapter")
     assert_close(outputs(loaded, name), expected)
     assert_close(outputs(loaded.merge_and_unload(), name), expected)
+
+
+MATRIX_HEADS = {
+    "BigBirdForSequenceClassification": TaskType.SEQ_CLS,
+    "BigBirdForTokenClassification": TaskType.TOKEN_CLS,
+    "BigBirdForQuestionAnswering": TaskType.QUESTION_ANS,
+    "BigBirdForMaskedLM": None,
+}
+MATRIX_METHODS = {
+    "lora": (LoraConfig, {"r": 2}),
+    "dora": (LoraConfig, {"r": 2, "use_dora": True}),
+    "ia3": (IA3Config, {}),
+    "vera": (VeraConfig, {"r": 4}),
+    "oft": (OFTConfig, {"oft_block_size": 4}),
+    "fourierft": (FourierFTConfig, {"n_frequency": 10}),
+    "vblora": (VBLoRAConfig, {"r": 2, "num_vectors": 8, "vector_length": 16}),
+    "loha": (LoHaConfig, {"r": 2}),
+    # PEFT cannot both adapt a layer and train it whole: these adapt the heads, too, and name no task
+    "lora on all linear layers": (LoraConfig, {"r": 2, "target_modules": "all-linear"}),
+    "dora on all linear layers": (LoraConfig, {"r": 2, "target_modules": "all-linear", "use_dora": True}),
+}
+
+
+def adapter_config(method, name):
+    """The configuration of an adapter of `MATRIX_METHODS`, made for the head `name`."""
+    config_class, settings = MATRIX_METHODS[method]
+    task_type = None if settings.get("target_modules") == "all-linear" else MATRIX_HEADS[name]
+    return config_class(task_type=task_type, **settings)
+
+
+@pytest.mark.parametrize("name", MATRIX_HEADS)
+@pytest.mark.parametrize("method", MATRIX_METHODS)
+def test_every_adapter_on_every_head_learns_as_on_the_built_in_model_and_is_saved_and_merged(method, name, tmp_path):
+    inputs = random_inputs(name, 2, 40)
+    unlabelled = random_inputs(name, 2, 40, labels=False)
+
+    def result(model):
+        with torch.no_grad():
+            return [model.eval()(**unlabelled)[0]]
+
+    ours, theirs = make_pair(name, num_hidden_layers=1)
+    model = get_peft_model(ours, adapter_config(method, name))
+    model.save_pretrained(tmp_path / "new")
+    peer = PeftModel.from_pretrained(theirs, tmp_path / "new", is_trainable=True)
+    untrained = result(model)
+    losses = learn(model, inputs)  # before each of 4 steps: the last three tell of what three steps did
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(learn(peer, inputs), losses, atol=1e-4, rtol=1e-4)
+    expected = result(model)
+    assert (expected[0] - untrained[0]).abs().max() > 1e-3
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_pair(name, num_hidden_layers=1)[0], tmp_path / "adapter")
+    assert_close(result(loaded), expected)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is getattr(bigbird_plus, name)
+    assert_close(result(merged), expected, tolerance=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_close(result(type(merged).from_pretrained(tmp_path / "merged")), expected, tolerance=1e-4)
 
 
 PROMPTED = {
