@@ -1,7 +1,7 @@
 """BigBird for transformers: importing this package registers its classes with the Auto classes, and no more."""
 
 from . import _compat  # noqa: F401 (first: it keeps others quiet that transformers imports)
-from .attention import block_sparse_attention
+from .attention import block_sparse_attention, register_engine
 from .attention.pattern import BlockPattern, Sparsity
 from .auto import register, replace_builtin, unregister
 from .configuration_big_bird import BigBirdConfig
@@ -49,6 +49,7 @@ __all__ = [
     "demo_checkpoint",
     "plot_attention",
     "register",
+    "register_engine",
     "replace_builtin",
     "unregister",
 ]

@@ -814,8 +814,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return self.encoder.attention_type
 
     def freeze_pooler(self) -> None:
-        """For heads that do not use the pooling layer: keeps it, for the sake of checkpoints, but out of training, as a
-        parameter without a gradient stops distributed training; and computes no padding for it."""
+        """For heads that do not use the pooling layer: keeps it, for the sake of checkpoints, but out of training, as
+        a parameter without a gradient stops distributed training; and computes no padding for it."""
         self.pooler_is_idle = True
         if self.pooler is not None:
             self.pooler.requires_grad_(False)
