@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from .attention import full
-from .attention.plan import Tokens, full_implementation, make_plan
+from .attention.parts import Tokens
+from .attention.plan import full_implementation, make_plan
 
 DATA = Path(__file__).parent / "data"
 

@@ -24,8 +24,9 @@ from .attention.documents import (
     uncompiled_for_documents,
 )
 from .attention.impl.flash_cpu import Stream, is_streamable
+from .attention.parts import FullPart, SparsePart, Tokens
 from .attention.pattern import check_whole_number
-from .attention.plan import FullPart, Plan, SparsePart, Tokens, full_implementation, is_sparse, make_plan
+from .attention.plan import Plan, full_implementation, is_sparse, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .linear import TanhGELU, linear
 from .pieces import in_pieces, is_watched

@@ -9,8 +9,8 @@ from torch import Tensor
 from .common import cut, pad_to_blocks
 from .engines import Call, Choice, choose_engine, engine_names, is_engine
 from .masks import NO_MASK, global_mask, key_mask_of, padding_mask
+from .parts import FullPart, Tokens, whole_batch
 from .pattern import Sparsity
-from .plan import FullPart, Tokens, whole_batch
 
 
 def block_sparse_attention(

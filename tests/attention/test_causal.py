@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigbird_plus import Sparsity
-from bigbird_plus.attention import common, masks, plan
+from bigbird_plus.attention import common, masks, parts
 from bigbird_plus.attention.engines import Choice
 from bigbird_plus.attention.impl import flash_cpu, gather, reference
-from bigbird_plus.attention.plan import Tokens, decoder_part
+from bigbird_plus.attention.parts import Tokens, decoder_part
 from bigbird_plus.attention.random_blocks import CausalPlan
 
 HEADS = 2
@@ -255,7 +255,7 @@ def test_a_piece_that_nothing_is_known_of():
     query, key, value = random_tensors(2, length)
     expected, _ = attend_by_definition(query, key, value, may_read(some, mask, range(length), length, 1))
     held = [nn_pad(tensor, 7).contiguous() for tensor in (key, value)]
-    unknown = [mock.patch.object(module, "may_read_values", lambda tensor: False) for module in (masks, plan)]
+    unknown = [mock.patch.object(module, "may_read_values", lambda tensor: False) for module in (masks, parts)]
     with unknown[0], unknown[1]:
         whole, _ = attend((query, key, value), some, mask, engine=gather)
         by_number, _ = attend((query[:, :, past:], *held), some, mask, past=past, engine=gather)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbird_plus import BigBirdConfig
-from bigbird_plus.attention.plan import Tokens, make_plan
+from bigbird_plus.attention.parts import Tokens
+from bigbird_plus.attention.plan import make_plan
 
 from ..peers import make_pair, random_ids
 

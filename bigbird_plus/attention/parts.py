@@ -1,0 +1,263 @@
+"""Documents that are read together, and how: in full, sparsely, or as a decoder's text."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import full, masks
+from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks
+from .engines import Choice
+from .global_tokens import GlobalTokens, find_global_tokens
+from .impl import gather, reference
+from .impl.gather import Piece
+from .masks import NO_MASK, FullMask
+from .pattern import BlockPattern, Sparsity
+
+
+class Tokens(NamedTuple):
+    """What a call brings.
+
+    batch: sequences.
+    places: `int64`, `[length]`: places of the tokens among the keys.
+    dtype: what hidden states consist of.
+    attention_mask, global_attention_mask, position_ids: as the user gave them.
+    past: how many tokens a cache already holds.
+    keys: how many keys there are, free places of a cache included; None without a cache.
+    has_documents: whether rows hold several documents, as `position_ids` tell.
+    """
+
+    batch: int
+    places: Tensor
+    dtype: torch.dtype
+    attention_mask: Tensor | None = None
+    global_attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    past: int | Tensor = 0
+    keys: int | None = None
+    has_documents: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self.places.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.places.device
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether there is a cache, filled or not."""
+        return self.keys is not None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents that are read alike. In a packed row there are so many `documents` of `size` places from `start` on;
+    else they are the whole batch."""
+
+    start: int = 0
+    size: int = 0
+    documents: int = 0
+
+    @property
+    def end(self) -> int:
+        """The place behind them."""
+        return self.start + self.documents * self.size
+
+    def take(self, row: Tensor) -> Tensor:
+        """`[1, heads, row, dim]` -> `[documents, heads, size, dim]`: a view."""
+        return row[0, :, self.start : self.end].unflatten(1, (self.documents, self.size)).transpose(0, 1)
+
+    def some(self, documents: slice) -> "Part":
+        """Some of the documents. Those of a packed row stay where they are."""
+        start, stop, _ = documents.indices(self.documents)
+        return replace(self, start=self.start + start * self.size, documents=stop - start)
+
+
+@dataclass(frozen=True)
+class FullPart(Part):
+    """Documents whose tokens read each other in full."""
+
+    mask: FullMask = NO_MASK
+    implementation: str = "eager"
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
+        """See `Plan.attend`."""
+        how = {"implementation": self.implementation, "output_attentions": output_attentions}
+        return full.attend(module, query, key, value, self.mask, **how)
+
+    def some(self, documents: slice) -> "FullPart":
+        mask = FullMask(*(t if t is None or t.shape[0] == 1 else t[documents] for t in self.mask))
+        return replace(super().some(documents), mask=mask)
+
+
+@dataclass(frozen=True)
+class SparsePart(Part):
+    """Documents that are read sparsely, each of them a part of an input of `num_blocks` blocks that begins with the
+    block `first_block`.
+
+    key_mask: `bool`, `[documents, size and extra tokens]`, False for padding; None where there is none.
+    global_tokens: single tokens that read everything and are read by all; None for none.
+    """
+
+    sparsity: Sparsity | None = None
+    choice: Choice | None = None
+    num_blocks: int = 0
+    first_block: int = 0
+    is_causal: bool = False
+    key_mask: Tensor | None = None
+    global_tokens: GlobalTokens | None = None
+
+    def whole_pattern(self, layer_idx: int, training: bool) -> BlockPattern:
+        """That of the input of which each document is a part."""
+        if self.is_causal:
+            return self.sparsity.causal_pattern(self.num_blocks, layer_idx=layer_idx)
+        return self.sparsity.pattern(self.num_blocks, layer_idx=layer_idx, training=training)
+
+    def pattern(self, layer_idx: int, training: bool) -> BlockPattern:
+        """Which block of a document reads which."""
+        pattern = self.whole_pattern(layer_idx, training)
+        if not self.documents:
+            return pattern
+        return pattern.cut(self.first_block, self.first_block + self.size // self.sparsity.block_size)
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
+        """See `Plan.attend`. Asking a linear engine for probabilities computes them besides: the context stays the
+        same to the bit."""
+        pattern = self.pattern(module.layer_idx, module.training).for_heads(module.heads)
+        arguments = (query, key, value, pattern, self.key_mask, self.global_tokens)
+        if self.choice.engine is reference:
+            context, probabilities = reference.attention(*arguments, scaling=module.scaling)
+            return context, probabilities if output_attentions else None
+        context = self.choice.engine.forward(*arguments, scaling=module.scaling)
+        if not output_attentions:
+            return context, None
+        return context, reference.attention(*arguments, scaling=module.scaling)[1]
+
+    def some(self, documents: slice) -> "SparsePart":
+        key_mask = None if self.key_mask is None else self.key_mask[documents]
+        tokens = None if self.global_tokens is None else self.global_tokens.of_documents(documents)
+        return replace(super().some(documents), key_mask=key_mask, global_tokens=tokens)
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """A decoder's batch, read sparsely, perhaps as a piece that goes on where a cache ends.
+
+    choice: the engine for whole inputs.
+    piece: where the tokens stand.
+    num_keys: keys to take notice of; a static cache has more while it is being filled from the start.
+    from_start: whether the input has no past.
+    key_mask: `bool`, `[batch, num_keys]`, False for padding; None where there is none behind the first real token.
+    """
+
+    sparsity: Sparsity
+    choice: Choice
+    piece: Piece
+    num_keys: int
+    from_start: bool
+    key_mask: Tensor | None
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
+        """See `Plan.attend`. The context of padding is zero."""
+        num_blocks = count_blocks(self.num_keys, self.sparsity.block_size)
+        pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
+        is_eager = self.choice.engine is reference
+        context = probabilities = None
+        if is_eager or output_attentions:
+            context, probabilities = self._by_definition(query, key, value, pattern, module.scaling)
+        if not is_eager:
+            attend = self._from_start if self.from_start else self._from_cache
+            context = attend(query, key, value, pattern, module.scaling)
+            is_real = self._is_real()
+            context = context if is_real is None else context.masked_fill(~is_real[:, None, :, None], 0)
+        return context, probabilities if output_attentions else None
+
+    def _is_real(self) -> Tensor | None:
+        """`bool`, `[batch, queries]`: which of the input's tokens are not padding; None for all."""
+        places, offset = self.piece.positions, self.piece.offset
+        if self.key_mask is not None:
+            return self.key_mask[:, places]
+        return None if offset is None else places >= offset[:, None]
+
+    def _by_definition(self, query, key, value, pattern, scaling):
+        """Free places of a static cache get probabilities, too: zeros."""
+        key_mask = self.key_mask
+        if key_mask is not None:
+            key_mask = nn.functional.pad(key_mask, (0, key.shape[2] - self.num_keys))
+        how = {"places": self.piece.positions, "offset": self.piece.offset, "key_mask": key_mask}
+        return reference.causal_attention(query, key, value, pattern, **how, scaling=scaling)
+
+    def _from_start(self, query, key, value, pattern, scaling):
+        """Engines count blocks from the first place, so left padding is moved behind the tokens, and back. There no
+        token reads it, nor what fills up the last block."""
+        tensors = [query, *(tensor[:, :, : self.num_keys] for tensor in (key, value))]
+        key_mask, offset, block_size = self.key_mask, self.piece.offset, self.sparsity.block_size
+        if offset is not None:
+            tensors = [_rotate(tensor, offset, dim=2) for tensor in tensors]
+            key_mask = None if key_mask is None else _rotate(key_mask, offset, dim=1)
+        tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
+        key_mask = None if key_mask is None else pad_to_blocks(key_mask, block_size, 1)
+        context = self.choice.engine.forward(*tensors, pattern, key_mask, None, scaling=scaling)
+        context = cut(context, self.num_keys, 2)
+        return context if offset is None else _rotate(context, self.num_keys - offset, dim=2)
+
+    def _from_cache(self, query, key, value, pattern, scaling):
+        return gather.attend_to_cache(query, key, value, pattern, self.key_mask, self.piece, scaling=scaling)
+
+
+def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
+    """Each sequence of `tensor`, whose places are dimension `dim`, moved `by[sequence]` places to the front; what
+    falls off comes in again at the end. None is moved by more places than there are."""
+    length = tensor.shape[dim]
+    source = torch.arange(length, device=tensor.device) + by[:, None] - length  # below 0: counted from the end
+    sequence = torch.arange(by.shape[0], device=tensor.device)[:, None]
+    return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
+
+
+def whole_batch(
+    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, *, chosen: Tensor | None, num_extra: int = 0
+) -> SparsePart:
+    """The part that is a batch as it came, without its engine: of `mask` (`bool`, or None for all) are real and
+    `chosen` (`bool`, or None for none) global, with so many extra global tokens behind the last block."""
+    block_size, batch, length = sparsity.block_size, tokens.batch, tokens.length
+    num_blocks = count_blocks(length, block_size)
+    if mask is None and (is_tracing() or length % block_size):
+        mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+    if is_exporting():  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
+        mask = mask & (torch.arange(length, device=tokens.device)[sparsity.full_attention_length] > 0)
+    if chosen is not None and mask is not None:
+        chosen = chosen & mask
+    global_tokens = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
+    if mask is not None:
+        mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)
+    return SparsePart(sparsity=sparsity, num_blocks=num_blocks, key_mask=mask, global_tokens=global_tokens)
+
+
+def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderPart:
+    """The part that is a decoder's batch, read sparsely."""
+    queries, block_size, past, places = tokens.length, sparsity.block_size, tokens.past, tokens.places
+    keys = tokens.keys if tokens.has_cache else queries
+    mask = masks.decoder_key_mask(
+        tokens.attention_mask, batch=tokens.batch, query_positions=places, past=past, keys=keys
+    )
+    offset, most_padding, is_known = None, 0, isinstance(past, int)
+    if mask is not None:
+        offset, most_padding = mask.to(torch.uint8).argmax(dim=-1), keys
+    if mask is not None and is_known and may_read_values(mask):
+        most_padding = int(offset.max())
+        if (offset + mask[:, : past + queries].sum(dim=-1) == past + queries).all():
+            mask = None
+        offset = offset if most_padding else None
+    from_start = is_known and past == 0
+    if from_start:
+        keys = queries
+        mask = None if mask is None else mask[:, :keys]
+    first = max(past - most_padding, 0) // block_size if is_known else 0
+    end = count_blocks(past + queries if is_known else keys, block_size)
+    piece = Piece(places, offset, first, end)
+    return DecoderPart(sparsity, choice, piece, keys, from_start, mask)
