@@ -815,8 +815,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return self.encoder.attention_type
 
     def freeze_pooler(self) -> None:
-        """For heads that do not use the pooling layer: keeps it, for the sake of checkpoints, but out of training, as
-        a parameter without a gradient stops distributed training; and computes no padding for it."""
+        """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
+        parameter without a gradient stops distributed training. Nor is padding computed for it any more."""
         self.pooler_is_idle = True
         if self.pooler is not None:
             self.pooler.requires_grad_(False)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbird_plus
 from bigbird_plus._compat import CACHE
 
-from .peers import MODELS, TASK_MODELS, make_model, make_pair, random_ids, random_inputs
+from .peers import MODELS, TASK_MODELS, make_model, make_pair, random_ids, random_inputs, tiny_settings
 
 SPARSE = 131  # a length at which a block-sparse model reads sparsely
 LANGUAGE_MODELS = ["BigBirdForPreTraining", "BigBirdForMaskedLM", "BigBirdForCausalLM"]
@@ -386,3 +387,100 @@ def test_distributed_training_needs_no_search_for_unused_parameters(tmp_path):
         for first, second, *grads in zip(*(result[name] for result in results), *alone, strict=True):
             assert torch.equal(first, second), name
             torch.testing.assert_close(first, sum(grads) / 2, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("package", [bigbird_plus, transformers])
+def test_the_pooling_layer_that_question_answering_is_asked_for_learns(package, tmp_path):
+    model = package.BigBirdForQuestionAnswering(package.BigBirdConfig(**tiny_settings()), add_pooling_layer=True)
+    for candidate in (model, reload(model, tmp_path, add_pooling_layer=True)):
+        optimizer = torch.optim.SGD(candidate.parameters(), lr=0.1)
+        before = candidate.bert.pooler.weight.detach().clone()
+        output = candidate(**random_inputs("BigBirdForQuestionAnswering", 2, 40))
+        (output.loss + output.pooler_output.square().sum()).backward()
+        optimizer.step()
+        assert candidate.bert.pooler.weight.grad.abs().sum() > 0
+        assert not torch.equal(candidate.bert.pooler.weight, before)
+
+
+def test_question_answering_loads_a_trained_pooling_layer(tmp_path):
+    """From a file of the built-in model, and on padding before the text, too, it makes the same of it."""
+    _, theirs = make_pair("BigBirdModel")
+    theirs.save_pretrained(tmp_path)
+    model = bigbird_plus.BigBirdForQuestionAnswering.from_pretrained(tmp_path, add_pooling_layer=True)
+    inputs = {"input_ids": random_ids(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
+    inputs["attention_mask"][1, :20] = 0
+    types = torch.zeros(2, 40, dtype=torch.long)
+    with torch.no_grad():
+        expected = theirs(**inputs, token_type_ids=types).pooler_output
+        actual = model.eval()(**inputs, token_type_ids=types, question_lengths=torch.tensor([5, 5])).pooler_output
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+class WithinAnother(bigbird_plus.BigBirdPreTrainedModel):
+    """A model of a user's, with one of ours as a part."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.part = bigbird_plus.BigBirdForMaskedLM(config)
+        self.post_init()
+
+
+def test_an_idle_pooling_layer_stays_frozen_however_the_model_came_about(tmp_path):
+    model = make_model("BigBirdForMaskedLM")
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    others = {
+        "loaded with little memory": type(model).from_pretrained(tmp_path, low_cpu_mem_usage=True),
+        "loaded to a device": type(model).from_pretrained(tmp_path, device_map="cpu"),
+        "loaded in another dtype": type(model).from_pretrained(tmp_path, dtype=torch.bfloat16),
+        "filled": empty,
+        "pickled": pickle.loads(pickle.dumps(model)),
+        "copied": copy.deepcopy(model).double(),
+        "part of another model": reload(WithinAnother(model.config), tmp_path / "whole").part,
+    }
+    for case, other in others.items():
+        assert type(other.bert.pooler) is nn.Linear, case
+        assert other.bert.pooler_is_idle, case
+        assert not any(parameter.requires_grad for parameter in other.bert.pooler.parameters()), case
+        assert all(p.requires_grad for key, p in other.named_parameters() if "pooler" not in key), case
+
+
+def test_who_unfreezes_an_idle_pooling_layer_keeps_it_so():
+    model = make_model("BigBirdForMaskedLM")
+    model.requires_grad_(True)
+    model.resize_token_embeddings(130)
+    model.tie_weights()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Wrapped(nn.Module):
+    """A linear layer as tools put it into the place of another: with the same weights, without its attributes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, states):
+        return self.inner(states)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [40, SPARSE])
+def test_every_linear_layer_may_be_wrapped(name, length):
+    """Those of the very type `nn.Linear`, which is what tools look for: all."""
+    model, expected_model = make_model(name), make_model(name)
+    linear = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {type(module) for module in linear.values()} == {nn.Linear}
+    for key, module in linear.items():
+        if not key.endswith("predictions.decoder"):  # tools leave the projection to the vocabulary alone: it is tied
+            model.set_submodule(key, Wrapped(module))
+    inputs = random_inputs(name, 3, length)
+    outputs = [one(**inputs) for one in (model, expected_model)]
+    for output in outputs:
+        (output.pooler_output.square().sum() if name == "BigBirdModel" else output.loss).backward()
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+    gradients = {key: parameter.grad for key, parameter in expected_model.named_parameters()}
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key.replace(".inner.", ".")], msg=key)
