@@ -102,6 +102,9 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
         return read_in_full(attention_mask, module, query)
     if isinstance(attention_mask, Plan | FullPart):
         return attention_mask
+    name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
+    if attention_mask is None and not module.is_causal:
+        return FullPart(implementation=name)
     batch, heads, queries = query.shape[:3]
     mask = attention_mask
     if mask is None:
@@ -112,7 +115,6 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
             f"[batch, 1 or heads, queries, keys], but has {list(mask.shape)}. Others must be bool."
         )
     mask = masks.expand_mask(mask, batch, heads, queries, keys).expand(-1, -1, queries, -1)  # so it is not causal
-    name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
     mask = masks.cross_attention_mask(
         mask, batch=batch, heads=heads, queries=queries, keys=keys, dtype=query.dtype, implementation=name
     )
@@ -159,10 +161,11 @@ class BigBirdEmbeddings(nn.Module):
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, config.hidden_size)
         self.register_position_ids(config.max_position_embeddings)
 
-    def register_position_ids(self, count: int) -> None:
+    def register_position_ids(self, count: int, device: torch.device | None = None) -> None:
         """Makes the ids that stand for those which are not given, `[1, count]`. No file holds them."""
-        self.register_buffer("position_ids", torch.arange(count)[None], persistent=False)
-        self.register_buffer("token_type_ids", torch.zeros(1, count, dtype=torch.int64), persistent=False)
+        ids = torch.arange(count, device=device)[None]
+        self.register_buffer("position_ids", ids, persistent=False)
+        self.register_buffer("token_type_ids", torch.zeros_like(ids), persistent=False)
 
     def forward(
         self,
@@ -716,7 +719,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
             weight = stretched[0].t().contiguous().to(old.weight.dtype)
         new = nn.Embedding.from_pretrained(weight, freeze=not old.weight.requires_grad)
         self.base_model.embeddings.position_embeddings = new
-        self.base_model.embeddings.register_position_ids(new_num_position_embeddings)
+        self.base_model.embeddings.register_position_ids(new_num_position_embeddings, weight.device)
         if self.config.random_plan_positions is None:
             self.config.random_plan_positions = count
         self.config.max_position_embeddings = new_num_position_embeddings
