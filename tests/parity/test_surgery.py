@@ -68,7 +68,7 @@ def test_the_activation_of_the_pooler_can_be_replaced():
         model.activation = nn.ReLU()
     inputs = random_inputs("BigBirdModel", 2, SPARSE)
     assert_equal_outputs(*(model(**inputs) for model in pair), inputs)
-    assert make_model("BigBirdForTokenClassification").bert.activation is None
+    assert BigBirdModel(pair[0].config, add_pooling_layer=False).activation is None
 
 
 # Names
@@ -94,19 +94,13 @@ def test_attributes(path, names, attention_type):
 
 def test_buffers_and_modules_have_the_same_names(tmp_path):
     ours, theirs = make_pair("BigBirdForMaskedLM")
-    own = {name for name, _ in ours.named_modules()}
-    assert own - {"bert.activation"} >= {n for n, _ in theirs.named_modules()} - {"bert.activation"} - dropouts(theirs)
+    assert {name for name, _ in ours.named_modules()} >= {name for name, _ in theirs.named_modules()}
     ours.save_pretrained(tmp_path)
     loaded = type(ours).from_pretrained(tmp_path)
     for model in (ours, loaded):
         assert {name: b.tolist() for name, b in model.named_buffers()} == {
             name: b.tolist() for name, b in theirs.named_buffers()
         }
-
-
-def dropouts(model):
-    """Of attention, which transformers' sparse one has none of."""
-    return {name for name, _ in model.named_modules() if name.endswith("self.dropout")}
 
 
 def test_pruned_heads_are_counted():
@@ -262,12 +256,8 @@ def test_single_layers_can_read_in_full(start):
     assert [layer.attention_type for layer in ours.encoder.layer] == ["block_sparse", "original_full"]
     assert ours.attention_type == "block_sparse"
     assert_close(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
-    assert_close(make_streamed(ours, ids), theirs(ids).last_hidden_state)
-
-
-def make_streamed(model, ids):
     with torch.no_grad():
-        return model(ids).last_hidden_state
+        assert_close(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_extra_global_tokens": 2}, {"pattern_per_document": True}])
@@ -331,7 +321,7 @@ def test_layers_taken_out_and_put_in(surgery, training):
         model.encoder.layer = surgery(model.encoder.layer)
         model.train(training)
     inputs = random_inputs("BigBirdModel", 2, SPARSE)
-    ours, theirs = (model(**inputs, output_hidden_states=True, output_attentions=True) for model in pair)
+    ours, theirs = (model(**inputs, output_hidden_states=True) for model in pair)
     assert len(ours.hidden_states) == len(pair[0].encoder.layer) + 1
     assert_equal_outputs(ours, theirs, inputs)
     for output in (ours, theirs):
@@ -406,20 +396,26 @@ def test_a_hook_may_return_the_states_alone():
 
 
 class Wrapper(nn.Module):
-    """As adapters do: it calls what it wraps and adds something, and has none of its attributes."""
+    """As adapters do, it calls what it wraps and adds something. It has none of the attributes."""
 
     def __init__(self, wrapped):
         super().__init__()
         self.wrapped = wrapped
 
     def forward(self, *args):
-        return self.wrapped(*args) + 0.5
+        output = self.wrapped(*args)
+        return output + torch.linspace(-1, 1, output.shape[-1])
 
 
 def wrapped_paths():
-    model = make_model(num_extra_global_tokens=2)
     leaves = (nn.Linear, nn.Embedding, nn.LayerNorm)
-    return [name for name, module in model.named_modules() if isinstance(module, leaves) and ".layer.1." not in name]
+    model = make_model(num_extra_global_tokens=2, num_hidden_layers=1)
+    return [
+        f"{name}.{own}"
+        for name in ("embeddings", "encoder")
+        for own, module in model.get_submodule(name).named_modules()
+        if isinstance(module, leaves)
+    ]
 
 
 @pytest.mark.parametrize("path", wrapped_paths())
@@ -431,9 +427,8 @@ def test_whatever_is_wrapped_has_its_effect(path):
             wrapped = copy.deepcopy(model)
             wrapped.set_submodule(path, Wrapper(wrapped.get_submodule(path)))
             after = wrapped(**inputs)
-        changes = [(after[name] - before[name]).abs().max() for name in ("last_hidden_state", "pooler_output")]
-        if not path.endswith(("attention.self.key", "embeddings.position_embeddings", "word_embeddings")):
-            assert max(changes) > 1e-3  # a number that is added to all keys or all embeddings changes nothing
+        changes = (after.last_hidden_state - before.last_hidden_state).abs().max()
+        assert (changes > 1e-3) == (not path.endswith("key"))  # what all keys have in common changes nothing
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["word_embeddings"]}, {"trainable_token_indices": [5, 6, 7]}])
@@ -455,10 +450,9 @@ def test_adapters_of_embeddings(settings, name):
 
 
 def test_signatures_have_the_parameters_of_transformers():
-    """By the names and in the order of the installed version, but for its `**kwargs`."""
+    """By the names of the installed version, but for its `**kwargs`."""
     ours, theirs = make_pair(attention_type="original_full")
     assert isinstance(ours, BigBirdModel) and isinstance(theirs, transformers.BigBirdModel)
     for path in ("embeddings", "encoder", "encoder.layer.0", "encoder.layer.0.output", "encoder.layer.0.intermediate"):
-        own = list(inspect.signature(ours.get_submodule(path).forward).parameters)
-        wanted = [n for n in inspect.signature(theirs.get_submodule(path).forward).parameters if n != "kwargs"]
-        assert set(wanted) <= set(own), path
+        own, wanted = (inspect.signature(model.get_submodule(path).forward).parameters for model in (ours, theirs))
+        assert set(wanted) - {"kwargs"} <= set(own), path
