@@ -134,6 +134,9 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
         return read_in_full(attention_mask, module, query)
     if isinstance(attention_mask, Plan | FullPart):
         return attention_mask
+    name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
+    if attention_mask is None and not module.is_causal:
+        return FullPart(implementation=name)
     batch, heads, queries = query.shape[:3]
     mask = attention_mask
     if mask is None:
@@ -144,7 +147,6 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
             f"[batch, 1 or heads, queries, keys], but has {list(mask.shape)}. Others must be bool."
         )
     mask = masks.expand_mask(mask, batch, heads, queries, keys).expand(-1, -1, queries, -1)  # so it is not causal
-    name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
     mask = masks.cross_attention_mask(
         mask, batch=batch, heads=heads, queries=queries, keys=keys, dtype=query.dtype, implementation=name
     )
@@ -191,10 +193,11 @@ class BigBirdEmbeddings(nn.Module):
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, config.hidden_size)
         self.register_position_ids(config.max_position_embeddings)
 
-    def register_position_ids(self, count: int) -> None:
+    def register_position_ids(self, count: int, device: torch.device | None = None) -> None:
         """Makes the ids that stand for those which are not given, `[1, count]`. No file holds them."""
-        self.register_buffer("position_ids", torch.arange(count)[None], persistent=False)
-        self.register_buffer("token_type_ids", torch.zeros(1, count, dtype=torch.int64), persistent=False)
+        ids = torch.arange(count, device=device)[None]
+        self.register_buffer("position_ids", ids, persistent=False)
+        self.register_buffer("token_type_ids", torch.zeros_like(ids), persistent=False)
 
     def forward(
         self,
@@ -259,6 +262,9 @@ class BigBirdSelfAttention(nn.Module):
         self.heads = list(range(config.num_attention_heads))  # those that were not pruned
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.attention_head_size**-0.5
+        self.probability_dropout = nn.Dropout(
+            config.attention_probs_dropout_prob
+        )  # attention functions are told of it
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
@@ -346,7 +352,7 @@ class BigBirdSelfAttention(nn.Module):
     @property
     def dropout(self) -> float:
         """The share of probabilities that full attention drops now."""
-        return self.config.attention_probs_dropout_prob if self.training else 0.0
+        return self.probability_dropout.p if self.probability_dropout.training else 0.0
 
     def queries(self, states: Tensor) -> Tensor:
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
@@ -762,7 +768,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
             weight = stretched[0].t().contiguous().to(old.weight.dtype)
         new = nn.Embedding.from_pretrained(weight, freeze=not old.weight.requires_grad)
         self.base_model.embeddings.position_embeddings = new
-        self.base_model.embeddings.register_position_ids(new_num_position_embeddings)
+        self.base_model.embeddings.register_position_ids(new_num_position_embeddings, weight.device)
         if self.config.random_plan_positions is None:
             self.config.random_plan_positions = count
         self.config.max_position_embeddings = new_num_position_embeddings
