@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .configuration_big_bird import BigBirdConfig
+from .cpu import has_onednn, onednn_product
 from .environment import describe_environment
-from .linear import has_onednn, onednn_product
 from .modeling_big_bird import BigBirdModel
 
 HIDDEN, INTERMEDIATE, HEADS = 768, 3072, 12  # the base size

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from . import __version__
 from .attention.engines import Call, Choice, choose_engine
 from .configuration_big_bird import BigBirdConfig
-from .linear import prefers_onednn
+from .cpu import prefers_onednn
 
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "accelerate", "peft", "flash-attn", "triton")
 

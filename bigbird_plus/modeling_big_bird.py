@@ -28,8 +28,7 @@ from .attention.parts import FullPart, SparsePart, Tokens
 from .attention.pattern import check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .linear import TanhGELU, linear
-from .pieces import in_pieces, is_watched
+from .cpu import TanhGELU, in_pieces, is_watched, linear
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")

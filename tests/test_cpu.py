@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bigbird_plus import linear as module
-from bigbird_plus.linear import TanhGELU, linear, prefers_onednn
+from bigbird_plus import cpu as module
+from bigbird_plus.cpu import TanhGELU, linear, prefers_onednn
 
 tanh_gelu = TanhGELU()
 
