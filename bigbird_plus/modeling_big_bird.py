@@ -195,9 +195,7 @@ class BigBirdSelfAttention(nn.Module):
         self.heads = list(range(config.num_attention_heads))  # those that were not pruned
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.attention_head_size**-0.5
-        self.probability_dropout = nn.Dropout(
-            config.attention_probs_dropout_prob
-        )  # attention functions are told of it
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # attention functions are told of it
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
@@ -283,9 +281,9 @@ class BigBirdSelfAttention(nn.Module):
         return self.num_attention_heads * self.attention_head_size
 
     @property
-    def dropout(self) -> float:
+    def dropout_prob(self) -> float:
         """The share of probabilities that full attention drops now."""
-        return self.probability_dropout.p if self.probability_dropout.training else 0.0
+        return self.dropout.p if self.dropout.training else 0.0
 
     def queries(self, states: Tensor) -> Tensor:
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""

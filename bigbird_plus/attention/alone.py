@@ -1,4 +1,4 @@
-"""Attention modules that are called alone, or unlike the rest of their model: what they are given, and how they read."""
+"""Attention modules that are called alone, or unlike the rest of their model: how they read."""
 
 from dataclasses import replace
 

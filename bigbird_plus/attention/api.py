@@ -132,5 +132,5 @@ class _Layer(NamedTuple):
     heads: list[int]
     scaling: float
     training: bool
-    dropout: float = 0.0
+    dropout_prob: float = 0.0
     is_causal: bool = False

@@ -32,7 +32,7 @@ def attend(
 
     Args:
         module: the attention module. Its `is_causal` tells whether a query without a mask reads earlier keys only, its
-            `scaling` what scores are multiplied by, its `dropout` the share of probabilities that is dropped.
+            `scaling` what scores are multiplied by, its `dropout_prob` the share of probabilities that is dropped.
         query, key, value: `[batch, heads, length, head_dim]`; queries and keys can differ in length.
 
     Returns:
@@ -40,8 +40,8 @@ def attend(
         None unless `output_attentions`. Queries that read nothing get the mean of all values, as from a softmax of
         scores that all are the least number.
     """
-    name = function_name(implementation, query.device, module.dropout)
-    how = {"scaling": module.scaling, "dropout": module.dropout}
+    name = function_name(implementation, query.device, module.dropout_prob)
+    how = {"scaling": module.scaling, "dropout": module.dropout_prob}
     if name == "eager":
         context, probabilities = reference.dense_attention(query, key, value, mask.added, **how)
         return context, probabilities if output_attentions else None

@@ -125,7 +125,7 @@ class Plan:
         """Attention of one layer.
 
         Args:
-            module: the attention module: `layer_idx`, `heads`, `scaling`, `dropout`, `is_causal` and `training` are
+            module: the attention module: `layer_idx`, `heads`, `scaling`, `dropout_prob`, `is_causal` and `training` are
                 asked of it.
             query, key, value: `[batch, heads, length, head_dim]` in the layout of the plan.
 
@@ -185,9 +185,13 @@ class Plan:
 
     @property
     def can_stream(self) -> bool:
-        """Whether the documents can be read one after another."""
+        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, without
+        a cache and without global tokens."""
+        if self.choice is None:
+            return self.packing is not None and self.positions.device.type == "cpu" and not self.num_extra
+        kinds_fit = all(isinstance(part, FullPart | SparsePart) for part in self.parts)
         has_global_tokens = any(getattr(part, "global_tokens", None) is not None for part in self.parts)
-        return self.choice is not None and self.choice.name == "merged" and not has_global_tokens
+        return self.choice.name == "merged" and kinds_fit and not has_global_tokens
 
     def shares(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
         """Views of `states`, in the layout of the plan, that hold documents of up to `size` tokens together or a
@@ -464,7 +468,8 @@ def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan
         chosen = reader.chosen.flatten()[packing.sources] & packing.is_real
     alike = [list(group) for _, group in groupby(spans, key=lambda span: span.kind)]
     has_global_tokens = num_extra > 0 or (chosen is not None and bool(chosen.any()))
-    choice = reader.choose_engine(has_global_tokens)
+    is_sparse_anywhere = any(span.num_blocks is not None for span in spans)
+    choice = reader.choose_engine(has_global_tokens) if is_sparse_anywhere else None
     parts, start = [], 0
     for group in alike:
         parts.append(
@@ -479,7 +484,7 @@ def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan
         choice=choice,
         num_extra=num_extra,
         packing=packing,
-        extents=_extents(reader, spans) if hasattr(choice.engine, "forward_documents") else None,
+        extents=_extents(reader, spans) if choice and hasattr(choice.engine, "forward_documents") else None,
     )
 
 

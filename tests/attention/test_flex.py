@@ -150,7 +150,7 @@ def test_models_train_and_decode_on_a_cpu(length):
 
 
 class Bidirectional(torch.nn.Module):
-    is_causal, scaling, dropout = False, 0.3, 0.0
+    is_causal, scaling, dropout_prob = False, 0.3, 0.0
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def test_an_encoder_that_is_all_padding():
 
 
 class Layer(torch.nn.Module):
-    is_causal, scaling, dropout = False, 0.3, 0.0
+    is_causal, scaling, dropout_prob = False, 0.3, 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
