@@ -125,8 +125,8 @@ class Plan:
         """Attention of one layer.
 
         Args:
-            module: the attention module: `layer_idx`, `heads`, `scaling`, `dropout_prob`, `is_causal` and `training` are
-                asked of it.
+            module: the attention module: `layer_idx`, `heads`, `scaling`, `dropout_prob`, `is_causal` and `training`
+                are asked of it.
             query, key, value: `[batch, heads, length, head_dim]` in the layout of the plan.
 
         Returns:
