@@ -150,10 +150,9 @@ class BigBirdEmbeddings(nn.Module):
             cache_length: another name of `past_key_values_length`.
 
         Raises:
-            ValueError: if there are neither `input_ids` nor `inputs_embeds`.
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, or ids have another shape.
         """
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("Give input_ids or inputs_embeds: there is nothing to embed.")
+        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.hidden_size)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             first = past_key_values_length or cache_length
@@ -262,6 +261,8 @@ class BigBirdSelfAttention(nn.Module):
 
     def _head_factors(self, head_mask):
         """Broadcastable to `[batch, heads, length, 1]`."""
+        if head_mask.shape == (self.config.num_attention_heads,):
+            head_mask = head_mask[self.heads]  # without those that were pruned
         factors = head_mask[:, None, None] if head_mask.dim() == 1 else head_mask
         if factors.shape[-1] != 1 or factors.shape[-3:-2] not in ((1,), (self.num_attention_heads,)):
             raise ValueError(
@@ -364,6 +365,13 @@ class BigBirdOutput(nn.Module):
         return self.LayerNorm(linear(self.dense, states, residual=residual))
 
 
+class BigBirdSelfOutput(BigBirdOutput):
+    """The projection of what attention has read."""
+
+    def __init__(self, config):
+        super().__init__(config, config.hidden_size)
+
+
 class BigBirdAttention(nn.Module):
     """Attention, and the projection of its context."""
 
@@ -371,7 +379,7 @@ class BigBirdAttention(nn.Module):
         super().__init__()
         attention_class = BigBirdCrossAttention if is_cross_attention else BigBirdSelfAttention
         self.self = attention_class(config, layer_idx=seed)
-        self.output = BigBirdOutput(config, config.hidden_size)
+        self.output = BigBirdSelfOutput(config)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """The new hidden states and the probabilities or None; arguments as those of the attention within."""
@@ -494,6 +502,14 @@ class BigBirdLayer(GradientCheckpointingLayer):
         """As `BigBirdAttention.set_attention_type`."""
         self.attention.set_attention_type(value)
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether `stream` does what the modules would: nobody has put others in the place of attention, nor is there
+        dropout."""
+        attention = self.attention
+        is_ours = type(attention) is BigBirdAttention and type(attention.self) is BigBirdSelfAttention
+        return is_ours and not attention.self.training
+
     def stream(self, states: Tensor, plan: Plan) -> None:
         """As `forward`, in inference, but written over `states`, one of the `shares` of a plan: of a document that is
         longer than `tokens_at_once` some blocks after others. What that takes does not grow with the length."""
@@ -606,14 +622,23 @@ class BigBirdEncoder(nn.Module):
     @property
     def attention_type(self) -> str:
         """How the layers read: `"block_sparse"` if any of them does, else `"original_full"`."""
-        types = [getattr(layer, "attention_type", None) for layer in self.layer]
-        return "block_sparse" if "block_sparse" in types else "original_full"
+        types = [attention.attention_type for attention in self._self_attentions()]
+        return "block_sparse" if "block_sparse" in (types or [self.config.attention_type]) else "original_full"
+
+    @attention_type.setter
+    def attention_type(self, value: str):
+        self.set_attention_type(value)
 
     def set_attention_type(self, value: str) -> None:
         """As `BigBirdModel.set_attention_type`."""
         check_attention_type(value)
-        for layer in self.layer:
-            layer.set_attention_type(value)
+        for attention in self._self_attentions():
+            attention.attention_type = value
+
+    def _self_attentions(self) -> list[BigBirdSelfAttention]:
+        """Those of all layers, whatever they are wrapped in."""
+        found = (module for module in self.layer.modules() if isinstance(module, BigBirdSelfAttention))
+        return [module for module in found if not module.is_cross_attention]
 
 
 class BigBirdPreTrainedModel(PreTrainedModel):
@@ -682,12 +707,17 @@ class BigBirdPreTrainedModel(PreTrainedModel):
                 outputs for short inputs as they were; `"interpolate"` stretches them.
 
         Raises:
-            ValueError: for another method, or fewer than one position.
+            ValueError: for another method, for fewer than one position, or if something has wrapped the embeddings.
         """
         check_whole_number("new_num_position_embeddings", new_num_position_embeddings, 1)
         if method not in ("tile", "interpolate"):
             raise ValueError(f"method must be 'tile' or 'interpolate', but is {method!r}.")
         old = self.get_position_embeddings()
+        if type(old) is not nn.Embedding:
+            raise ValueError(
+                f"The position embeddings are a {type(old).__name__} by now, which cannot be resized. Resize them "
+                "before adapters or quantization take the place of nn.Embedding."
+            )
         count = self.config.max_position_embeddings
         if method == "tile" or new_num_position_embeddings <= count:
             weight = old.weight.detach()[torch.arange(new_num_position_embeddings) % count]
@@ -750,6 +780,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def attention_type(self) -> str:
         """How the layers read, see `set_attention_type`."""
         return self.encoder.attention_type
+
+    @attention_type.setter
+    def attention_type(self, value: str):
+        self.set_attention_type(value)
 
     def freeze_pooler(self) -> None:
         """Keeps the pooling layer of a head that does not use it, for the sake of checkpoints, but out of training: a
@@ -917,7 +951,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         layers = self.encoder.layer
         return (
             len(layers) > 0
-            and all(type(layer) is BigBirdLayer and not layer.attention.self.training for layer in layers)
+            and all(type(layer) is BigBirdLayer and layer.can_stream for layer in layers)
             and len({layer.attention_type for layer in layers}) == 1
             and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
             and not is_watched(self.embeddings)

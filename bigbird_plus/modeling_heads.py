@@ -483,9 +483,8 @@ class BigBirdClassificationHead(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, num_labels]` from the first tokens' states, `[batch, hidden_size]`, or from those of all tokens,
-        `[batch, length, hidden_size]`."""
-        states = self.dropout(features if features.dim() == 2 else features[:, 0])
+        """`[batch, num_labels]` from hidden states, `[batch, length, hidden_size]`."""
+        states = self.dropout(features[:, 0])
         return self.out_proj(self.dropout(self.activation(self.dense(states))))
 
 
@@ -546,7 +545,10 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
             **kwargs,
         )
         documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, kwargs)
-        logits = self.classifier(first_states(outputs.last_hidden_state, attention_mask, self.config, documents))
+        states = outputs.last_hidden_state  # of all tokens: a classifier of one's own may read what it likes
+        if documents is not None or self.config.pattern_per_document:
+            states = first_states(states, attention_mask, self.config, documents)[:, None]
+        logits = self.classifier(states)
         output = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
             logits=logits,

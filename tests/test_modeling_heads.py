@@ -78,6 +78,21 @@ def test_a_pooling_layer_that_is_not_used_is_frozen(tmp_path, name):
         assert frozen == ({"bert.pooler.weight", "bert.pooler.bias"} if has_idle_pooler else set())
 
 
+@pytest.mark.parametrize("how", ["alone", "in an encoder-decoder", "to a device"])
+def test_a_frozen_pooling_layer_stays_frozen_however_it_is_loaded(how, tmp_path):
+    """Some versions of transformers make new parameters of what they load."""
+    model = make_model("BigBirdForCausalLM", is_decoder=True, add_cross_attention=how == "in an encoder-decoder")
+    if how == "in an encoder-decoder":
+        pair = reload(transformers.EncoderDecoderModel(encoder=make_model(), decoder=model), tmp_path)
+        assert pair.encoder.pooler.weight.requires_grad
+        loaded = pair.decoder
+    else:
+        loaded = reload(model, tmp_path, **({"device_map": {"": "cpu"}} if how == "to a device" else {}))
+    for candidate in (loaded, copy.deepcopy(loaded), loaded.train()):
+        assert not any(parameter.requires_grad for parameter in candidate.bert.pooler.parameters())
+        assert all(parameter.requires_grad for parameter in candidate.bert.encoder.parameters())
+
+
 @pytest.mark.parametrize("name", TASK_MODELS)
 @pytest.mark.parametrize("length", [40, SPARSE])
 def test_all_that_is_not_frozen_gets_a_gradient(name, length):

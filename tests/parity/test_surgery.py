@@ -8,8 +8,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.big_bird import modeling_big_bird as transformers_big_bird
 
-from bigbird_plus import BigBirdModel
+from bigbird_plus import BigBirdModel, modeling_big_bird
+from bigbird_plus.attention import common
+from bigbird_plus.modeling_big_bird import BigBirdSelfAttention
 from tests.parity.comparison import OUTPUT_TOLERANCE, assert_equal_gradients, assert_equal_outputs
 from tests.peers import make_model, make_pair, random_ids, random_inputs
 
@@ -71,6 +74,93 @@ def test_the_activation_of_the_pooler_can_be_replaced():
     assert BigBirdModel(pair[0].config, add_pooling_layer=False).activation is None
 
 
+class MeanHead(nn.Module):
+    """A classifier that reads all hidden states, as transformers' model hands them on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out = nn.Linear(32, 2)
+
+    def forward(self, features, **kwargs):
+        return self.out(features.mean(dim=1))
+
+
+def test_a_classifier_of_ones_own():
+    pair = make_pair("BigBirdForSequenceClassification")
+    for model in pair:
+        model.classifier = MeanHead()
+    inputs = random_inputs("BigBirdForSequenceClassification", 2, SPARSE, padded=False)
+    assert_equal_outputs(*(model(**inputs) for model in pair), inputs)
+
+
+class Doubled(nn.Module):
+    """Something around a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """In inference, layers read so few tokens at a time that they would write over their input."""
+    monkeypatch.setattr(common, "BYTES_AT_ONCE", 1)
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("name", ["", ".attention", ".attention.self", ".attention.output", ".intermediate"])
+@pytest.mark.parametrize("layers", [(0,), (0, 1)])
+def test_modules_can_be_wrapped(name, layers):
+    pair = make_pair()
+    inputs = random_inputs("BigBirdModel", 2, 200)
+    with torch.no_grad():
+        before = pair[0](**inputs).last_hidden_state
+        for model in pair:
+            for layer in layers:
+                path = f"encoder.layer.{layer}{name}"
+                model.set_submodule(path, Doubled(model.get_submodule(path)))
+        ours, theirs = (model(**inputs) for model in pair)
+    assert_equal_outputs(ours, theirs, inputs)
+    assert (ours.last_hidden_state - before).abs().max() > 1e-2
+    assert pair[0].attention_type == "block_sparse"
+
+
+@pytest.mark.parametrize("name", ["encoder.layer.0", "encoder.layer.0.attention", "encoder.layer.0.attention.self"])
+def test_the_attention_type_reaches_what_is_wrapped(name):
+    ours, theirs = make_pair()
+    theirs.set_attention_type("original_full")
+    for model in (ours, theirs):
+        model.set_submodule(name, Doubled(model.get_submodule(name)))
+    ours.set_attention_type("original_full")
+    assert ours.attention_type == "original_full"
+    ids = random_ids(2, SPARSE)
+    assert_close(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
+
+
+class Silent(BigBirdSelfAttention):
+    """A subclass with a forward pass of its own."""
+
+    def forward(self, *args, **kwargs):
+        context, *others = super().forward(*args, **kwargs)
+        return 0 * context, *others
+
+
+@pytest.mark.usefixtures("streams")
+def test_a_subclass_of_attention_is_called():
+    silent, without = make_model(), make_model()
+    for layer in silent.encoder.layer:
+        layer.attention.self.__class__ = Silent
+    for layer in without.encoder.layer:
+        nn.init.zeros_(layer.attention.output.dense.weight)
+    with torch.no_grad():
+        assert_close(*(model(random_ids(1, 200)).last_hidden_state for model in (silent, without)))
+
+
 @pytest.mark.parametrize("drops", ["all", "none"])
 def test_dropout_can_be_set_module_by_module(drops):
     """As for Monte Carlo dropout in evaluation, or to have none in training."""
@@ -117,9 +207,28 @@ def test_buffers_and_modules_have_the_same_names(tmp_path):
 
 
 def test_pruned_heads_are_counted():
-    attention = make_model().encoder.layer[0].attention
+    """A mask of heads is for all that there were."""
+    model, ids = make_model(), random_ids(1, 40)
+    attention = model.encoder.layer[0].attention
     attention.prune_heads([1])
     assert (attention.self.num_attention_heads, attention.self.all_head_size) == (3, 24)
+    without = model(ids).last_hidden_state
+    masks = torch.tensor([[1.0, 5.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert_close(model(ids, head_mask=masks).last_hidden_state, without)
+    assert (model(ids, head_mask=masks.flip(1)).last_hidden_state - without).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name", ["Embeddings", "SelfAttention", "Attention", "SelfOutput", "Intermediate", "Output", "Layer", "Encoder"]
+)
+def test_modules_are_made_of_a_configuration(name):
+    """As scripts do that build models of their own from these parts."""
+    ours, theirs = (
+        getattr(package, f"BigBird{name}")(model.config)
+        for package, model in zip((modeling_big_bird, transformers_big_bird), make_pair(), strict=True)
+    )
+    shapes = [{key: value.shape for key, value in module.state_dict().items()} for module in (ours, theirs)]
+    assert shapes[0] == shapes[1]
 
 
 # Modules alone
@@ -236,6 +345,10 @@ def test_embeddings_alone(rescale_embeddings):
     assert_close(ours(ids, **{name: 5}), theirs(ids, **{name: 5}))
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         ours()
+    with pytest.raises(ValueError, match="input_ids must be whole numbers"):
+        ours(vectors)
+    with pytest.raises(ValueError, match="position_ids must have the shape"):
+        ours(ids, position_ids=places.T)
 
 
 def test_the_head_of_classification_alone():
@@ -244,6 +357,15 @@ def test_the_head_of_classification_alone():
 
 
 # The type of attention
+
+
+@pytest.mark.parametrize("path", ["", "encoder"])
+def test_the_type_can_be_set_as_an_attribute(path):
+    model = make_model()
+    model.get_submodule(path).attention_type = "original_full"
+    assert [model.attention_type, model.encoder.layer[1].attention_type] == ["original_full"] * 2
+    with pytest.raises(ValueError, match="attention_type"):
+        model.get_submodule(path).attention_type = "sparse"
 
 
 @pytest.mark.parametrize("training", [False, True])

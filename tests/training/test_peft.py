@@ -222,6 +222,13 @@ def test_prompt_and_prefix_tuning_of_token_classification(tmp_path):
     assert prompted.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
 
 
+def test_positions_are_resized_before_adapters_come():
+    """A resize afterwards would leave the adapter out."""
+    model = get_peft_model(tiny_model("BigBirdForMaskedLM"), LoraConfig(r=2, target_modules=["position_embeddings"]))
+    with pytest.raises(ValueError, match="Resize them before adapters"):
+        model.base_model.model.resize_position_embeddings(512)
+
+
 def test_several_adapters_share_a_model(tmp_path):
     name = "BigBirdForTokenClassification"
     model = get_peft_model(tiny_model(name), LoraConfig(r=2, init_lora_weights=False), adapter_name="first")
