@@ -84,7 +84,8 @@ def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_
     if length == 0:
         raise ValueError("The input has the length 0. Give at least one token.")
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-        if ids is not None and tuple(ids.shape) not in ((batch, length), (1, length)):
+        # Sizes one by one: while a graph is traced, equal ones can have different names, which tuples do not resolve.
+        if ids is not None and not (ids.dim() == 2 and ids.shape[0] in (1, batch) and ids.shape[1] == length):
             raise ValueError(
                 f"{name} must have the shape [batch, length] = [{batch}, {length}], or [1, {length}], but has "
                 f"{list(ids.shape)}."
