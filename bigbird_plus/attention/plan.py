@@ -322,14 +322,13 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
     most, past = config.max_position_embeddings, tokens.past
     if tokens.position_ids is None:
         needed = past + length if isinstance(past, int) else 0
-        what = f"The input has {needed} tokens"
     else:
         needed = int(tokens.position_ids.max()) + 1 if may_read_values(tokens.position_ids) else 0
-        what = f"position_ids go up to {needed - 1}"
     if needed > most:
+        what = "The input has {} tokens" if tokens.position_ids is None else "position_ids ask for {} positions"
         raise ValueError(
-            f"{what}, but max_position_embeddings is {most}. Cut the input (truncation=True in the tokenizer), or use "
-            "a model with more positions."
+            f"{what.format(needed)}, but max_position_embeddings is {most}. Cut the input (truncation=True in the "
+            "tokenizer), or use a model with more positions."
         )
 
 
