@@ -1,5 +1,6 @@
 """The task models: `BigBirdModel` with a head, and what they return."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +74,9 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises a `ValueError` unless there is a label for each place. One more dimension, of size 1, is fine."""
-    if tuple(labels.shape) not in (tuple(shape), (*shape, 1)):
+    """Raises a `ValueError` unless there is a label for each place. Where places are in one dimension, any shape of as
+    many labels is fine."""
+    if labels.numel() != math.prod(shape) or (len(shape) > 1 and labels.shape != shape):
         raise ValueError(f"labels must have the shape {list(shape)}, but have {list(labels.shape)}.")
 
 

@@ -41,11 +41,12 @@ class Kernels(NamedTuple):
 
     attend: `(query, key, value, reading) -> (context, log_sum_exp)`; the last is `[batch, length, heads]`, in
         `score_dtype`.
-    gradients: `(grad, query, key, value, context, log_sum_exp, reading)` -> those of query, key and value.
+    gradients: `(grad, query, key, value, context, log_sum_exp, reading)` -> those of query, key and value, one behind
+        the other: `[3, batch, length, heads, dim]`.
     """
 
     attend: Callable[..., tuple[Tensor, Tensor]]
-    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradients: Callable[..., Tensor]
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -74,7 +75,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True: what comes out is to be differentiated again
             return *_gradients_by_definition(grad, *ctx.saved_tensors[:3], ctx.reading), None, None
-        return *ctx.kernels.gradients(grad, *ctx.saved_tensors, ctx.reading), None, None
+        return *ctx.kernels.gradients(grad, *ctx.saved_tensors, ctx.reading).unbind(), None, None
 
 
 def _gradients_by_definition(grad, query, key, value, reading: Reading) -> list[Tensor | None]:
@@ -119,9 +120,9 @@ def _(query, *others):
 @torch.library.custom_op(
     "bigbird_plus::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor context, Tensor log_sum_exp) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, {_INPUTS}, Tensor context, Tensor log_sum_exp) -> Tensor",
 )
-def _attention_backward(grad, query, key, value, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(grad, query, key, value, *arguments) -> Tensor:
     *arguments, name, context, log_sum_exp = arguments
     reading = _from_arguments(*arguments)
     return KERNELS[name].gradients(grad, query, key, value, context, log_sum_exp, reading)
@@ -129,7 +130,7 @@ def _attention_backward(grad, query, key, value, *arguments) -> tuple[Tensor, Te
 
 @_attention_backward.register_fake
 def _(grad, query, *others):
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+    return query.new_empty(3, *query.shape)
 
 
 def _save_for_gradients(ctx, inputs, output):
@@ -140,7 +141,7 @@ def _save_for_gradients(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     inputs, output = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
     grads = torch.ops.bigbird_plus.attention_backward(grad, *inputs, *ctx.others, *output)
-    return *grads, *[None] * (len(inputs) + len(ctx.others) - 3)
+    return *grads.unbind(), *[None] * (len(inputs) + len(ctx.others) - 3)
 
 
 _attention.register_autograd(_differentiate, setup_context=_save_for_gradients)

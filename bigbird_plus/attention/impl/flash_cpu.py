@@ -79,11 +79,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple
 
 def gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum_exp: Tensor, reading: Reading
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Those of queries, keys and values, see `ops.Kernels`."""
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
-    grads = (grad_query, grad_key, grad_value)
+    grads = query.new_empty(3, *query.shape)  # those of queries are written, those of keys and values added up
+    grads[1:] = 0
     bias, tokens = _bias_and_tokens(query, reading)
     elsewhere = _outside_of_global_tokens(log_sum_exp, tokens)
     for documents, groups in _shares(query, reading.pattern, tokens):

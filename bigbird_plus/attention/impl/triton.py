@@ -114,7 +114,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple
 
 def gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum_exp: Tensor, reading: Reading
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Those of queries, keys and values, see `ops.Kernels`."""
     call = _make_call(query, reading)
     inputs = (*(tensor.contiguous() for tensor in (query, key, value)), reading.key_mask, call.documents)
@@ -123,7 +123,7 @@ def gradients(
     _launch(query_gradient_kernel, call, call.reads, *inputs, output, *known, grads[0], parts[0])
     _launch(key_gradient_kernel, call, call.read_by, *inputs, *known, *grads[1:], *parts[1:])
     _merge(call, parts, grads)
-    return grads.unbind()
+    return grads
 
 
 ops.KERNELS[NAME] = ops.Kernels(attend, gradients)
