@@ -141,7 +141,7 @@ def start_with_neighbours(bert, gain=4.0):
     is a rotated one, and queries and keys start as what takes such a pair out of the hidden states, and rotates it.
     """
     attention = bert.encoder.layer[0].attention.self
-    size, pairs = attention.head_dim, attention.head_dim // 2
+    size, pairs = attention.attention_head_size, attention.attention_head_size // 2
     words, places = bert.embeddings.word_embeddings.weight, bert.embeddings.position_embeddings.weight
     frequency = len(places) ** -torch.linspace(0, 1, pairs)
     angle = torch.arange(len(places))[:, None] * frequency

@@ -68,6 +68,8 @@ class Choice(NamedTuple):
 AUTOMATIC = ("triton", "merged", "gather")
 """In the order in which they are asked. (A name with "flash" in it transformers takes for one of a kernel to load.)"""
 
+NO_TRITON = "the kernels are for NVIDIA's GPUs, and this torch is built without CUDA, or Triton is missing"
+
 _engines: dict[str, Engine] = {"eager": reference, "flex_attention": flex, "merged": flash_cpu, "gather": gather}
 if triton is not None:
     _engines["triton"] = triton
@@ -105,7 +107,7 @@ def engine_names() -> list[str]:
 
 def is_engine(name: str) -> bool:
     """Whether this is the name of an engine that knows block-sparse attention alone."""
-    return name in _engines and name not in ("eager", "flex_attention")
+    return name in AUTOMATIC or (name in _engines and name not in ("eager", "flex_attention"))
 
 
 def choose_engine(implementation: str, call: Call) -> Choice:
@@ -119,7 +121,7 @@ def choose_engine(implementation: str, call: Call) -> Choice:
     if implementation == "eager" or is_transformed():
         return Choice("eager", reference, {})
     if is_engine(implementation):
-        reason = _engines[implementation].reason(call)
+        reason = _reason(implementation, call)
         if reason is not None:
             raise ValueError(
                 f"attn_implementation={implementation!r} cannot run this: {reason}. Choose 'sdpa', which takes an "
@@ -128,10 +130,12 @@ def choose_engine(implementation: str, call: Call) -> Choice:
         return Choice(implementation, _engines[implementation], {})
     passed_over = {}
     for name in ("flex_attention", *AUTOMATIC) if implementation == "flex_attention" else AUTOMATIC:
-        if name not in _engines:
-            continue
-        reason = _engines[name].reason(call)
+        reason = _reason(name, call)
         if reason is None:
             return Choice(name, _engines[name], passed_over)
         passed_over[name] = reason
     raise AssertionError("gathering runs everything")
+
+
+def _reason(name: str, call: Call) -> str | None:
+    return _engines[name].reason(call) if name in _engines else NO_TRITON
