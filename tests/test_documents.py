@@ -135,7 +135,7 @@ def test_gradient_checkpointing():
         model(torch.cat(documents(), dim=1), position_ids=positions()).last_hidden_state.sin().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-5
 
 
 def test_positions_that_do_not_start_anew_at_zero_are_positions():
