@@ -32,12 +32,12 @@ def forward(
 ) -> Tensor:
     """The context of `reference.forward`, from the same arguments."""
     bias = None if key_mask is None else additive_mask(key_mask, query.dtype)
-    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if pattern.is_causal:
-        context = _attend_causally(*tensors, bias, pattern, scaling)
+        context = _attend_causally(query, key, value, bias, pattern, scaling)
     else:
         global_tokens = with_middle_blocks(global_tokens, pattern, query.shape[0], query.device)
-        context = _attend(*tensors, bias, pattern, global_tokens, scaling)
+        context = _attend(query, key, value, bias, pattern, global_tokens, scaling)
     if key_mask is not None:
         context = context * key_mask[:, :, None, None]
     return context.transpose(1, 2)
@@ -72,8 +72,8 @@ def _attend_causally(query, key, value, bias, pattern, scaling) -> Tensor:
     full_bias = _causal_bias(first * block_size, query.device, query.dtype)
     if bias is not None:
         full_bias = torch.minimum(full_bias, bias[:, None, None, : full_bias.shape[0]])
-    tensors = [tensor[:, : first * block_size].transpose(1, 2) for tensor in (query, key, value)]
-    full = nn.functional.scaled_dot_product_attention(*tensors, full_bias, scale=scaling).transpose(1, 2)
+    asked, keys, values = (tensor[:, : first * block_size].transpose(1, 2) for tensor in (query, key, value))
+    full = nn.functional.scaled_dot_product_attention(asked, keys, values, full_bias, scale=scaling).transpose(1, 2)
     if first == pattern.num_blocks:
         return full
     window = _causal_bias(block_size, query.device, query.dtype, before=pattern.before)
@@ -86,7 +86,16 @@ def _attend_causally(query, key, value, bias, pattern, scaling) -> Tensor:
 
 
 def _attend_to_lists(
-    query, key, value, bias, pattern, rows, scaling, *, own_block=None, tokens: GlobalTokens | None = None
+    query,
+    key,
+    value,
+    bias,
+    pattern,
+    rows: tuple[int, int],
+    scaling,
+    *,
+    own_block=None,
+    tokens: GlobalTokens | None = None,
 ) -> Tensor:
     """What the rows from the first of `rows` to the second read, gathered: `[batch, rows, block, heads, dim]`.
     `own_block`, `[block, keys]`, is added to the scores of each row; `tokens` are the global ones, which they read
@@ -172,8 +181,8 @@ def attend_to_cache(
     asked = _take(query, source[:, None].expand(batch, heads, -1)).unflatten(2, (count, width)).transpose(1, 2)
     read = cached.transpose(1, 2).flatten(2).expand(batch, heads, -1)
     keys, values = (_take(tensor, read).unflatten(2, (count, -1)).transpose(1, 2) for tensor in (key, value))
-    tensors = (tensor.flatten(0, 1) for tensor in (asked, keys, values, bias))
-    context = nn.functional.scaled_dot_product_attention(*tensors, scale=scaling)
+    asked, keys, values, bias = (tensor.flatten(0, 1) for tensor in (asked, keys, values, bias))
+    context = nn.functional.scaled_dot_product_attention(asked, keys, values, bias, scale=scaling)
     context = context.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
     return _take(context, (places - first)[:, None].expand(batch, heads, -1))
 
