@@ -1,12 +1,30 @@
 """Full attention, through the attention functions of transformers."""
 
+from typing import Protocol
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .common import additive_mask, is_transformed
 from .impl import reference
 from .masks import FullMask
+
+
+class Layer(Protocol):
+    """What is asked of an attention module.
+
+    is_causal: whether a query without a mask reads earlier keys only.
+    scaling: what scores are multiplied by.
+    dropout_prob: the share of probabilities that is dropped.
+    """
+
+    @property
+    def is_causal(self) -> bool: ...
+    @property
+    def scaling(self) -> float: ...
+    @property
+    def dropout_prob(self) -> float: ...
 
 
 def function_name(implementation: str, device: torch.device, dropout: float = 0.0) -> str:
@@ -19,7 +37,7 @@ def function_name(implementation: str, device: torch.device, dropout: float = 0.
 
 
 def attend(
-    module: nn.Module,
+    module: Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,8 +49,7 @@ def attend(
     """Full attention.
 
     Args:
-        module: the attention module. Its `is_causal` tells whether a query without a mask reads earlier keys only, its
-            `scaling` what scores are multiplied by, its `dropout_prob` the share of probabilities that is dropped.
+        module: the attention module.
         query, key, value: `[batch, heads, length, head_dim]`; queries and keys can differ in length.
 
     Returns:
@@ -46,7 +63,7 @@ def attend(
         context, probabilities = reference.dense_attention(query, key, value, mask.added, **how)
         return context, probabilities if output_attentions else None
     added, reads_nothing = mask
-    if reads_nothing is not None:
+    if reads_nothing is not None and added is not None:
         added = added.masked_fill(reads_nothing, 0)
     if added is not None and added.is_floating_point():
         added = added.to(query.dtype)
@@ -72,7 +89,7 @@ def _mean_of_values(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
     return mean + (first_order - first_order.detach())
 
 
-def _probabilities(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
+def _probabilities(module: Layer, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
     """Those behind a context that a faster function has computed."""
     if added is not None and added.dim() == 2:
         added = additive_mask(added[:, None, None] != 0, torch.float32)
