@@ -132,12 +132,11 @@ def holds_documents(position_ids: Tensor | None, attention_mask: Tensor | None) 
     return bool(starts.any() and (position_ids[starts] == 0).all())
 
 
-def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, ...]:
     """Rows and places of the first token of each document, in order."""
     starts = document_starts(position_ids).expand(batch, -1).clone()
     starts[:, 0] = True
-    rows, places = starts.nonzero(as_tuple=True)
-    return rows, places
+    return starts.nonzero(as_tuple=True)
 
 
 def same_document_mask(position_ids: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Full attention, through the attention functions of transformers."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -9,22 +7,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .common import additive_mask, is_transformed
 from .impl import reference
 from .masks import FullMask
-
-
-class Layer(Protocol):
-    """What is asked of an attention module.
-
-    is_causal: whether a query without a mask reads earlier keys only.
-    scaling: what scores are multiplied by.
-    dropout_prob: the share of probabilities that is dropped.
-    """
-
-    @property
-    def is_causal(self) -> bool: ...
-    @property
-    def scaling(self) -> float: ...
-    @property
-    def dropout_prob(self) -> float: ...
 
 
 def function_name(implementation: str, device: torch.device, dropout: float = 0.0) -> str:
@@ -37,7 +19,7 @@ def function_name(implementation: str, device: torch.device, dropout: float = 0.
 
 
 def attend(
-    module: Layer,
+    module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -49,7 +31,8 @@ def attend(
     """Full attention.
 
     Args:
-        module: the attention module.
+        module: the attention module. Its `is_causal` tells whether a query without a mask reads earlier keys only, its
+            `scaling` what scores are multiplied by, its `dropout_prob` the share of probabilities that is dropped.
         query, key, value: `[batch, heads, length, head_dim]`; queries and keys can differ in length.
 
     Returns:
@@ -89,7 +72,7 @@ def _mean_of_values(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
     return mean + (first_order - first_order.detach())
 
 
-def _probabilities(module: Layer, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
+def _probabilities(module, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
     """Those behind a context that a faster function has computed."""
     if added is not None and added.dim() == 2:
         added = additive_mask(added[:, None, None] != 0, torch.float32)

@@ -1,6 +1,5 @@
 """Documents that are read together, and how: in full, sparsely, or as a decoder's text."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -226,13 +225,7 @@ AnyPart = FullPart | SparsePart | DecoderPart
 
 
 def whole_batch(
-    sparsity: Sparsity,
-    mask: Tensor | None,
-    tokens: Tokens,
-    choose: Callable[[bool], Choice],
-    *,
-    chosen: Tensor | None,
-    num_extra: int = 0,
+    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, choose, *, chosen: Tensor | None, num_extra: int = 0
 ) -> SparsePart:
     """The part that is a batch as it came: of `mask` (`bool`, or None for all) are real and `chosen` (`bool`, or None
     for none) global, with so many extra global tokens behind the last block. `choose` is told whether there are global
@@ -247,13 +240,11 @@ def whole_batch(
         mask = mask & (torch.arange(length, device=tokens.device)[sparsity.full_attention_length] > 0)
     if chosen is not None and mask is not None:
         chosen = chosen & mask
-    global_tokens = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
+    found = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
     if mask is not None:
         mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)
-    choice = choose(global_tokens is not None)
-    return SparsePart(
-        sparsity=sparsity, choice=choice, num_blocks=num_blocks, key_mask=mask, global_tokens=global_tokens
-    )
+    choice = choose(found is not None)
+    return SparsePart(sparsity=sparsity, choice=choice, num_blocks=num_blocks, key_mask=mask, global_tokens=found)
 
 
 def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderPart:

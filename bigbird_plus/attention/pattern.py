@@ -122,26 +122,19 @@ class Sparsity:
 
     def structure(self, num_blocks: int) -> "BlockPattern":
         """The pattern's global blocks and its window, without anything in the place of random blocks."""
-        middle: tuple[int, ...] = ()
+        shape: dict[str, Any]
+        shape = {"num_blocks": num_blocks, "block_size": self.block_size, "window": self.num_sliding_window_blocks}
         if self.global_block_indices is None:
             num_leading = (self.num_global_blocks + 1) // 2
-            num_trailing = self.num_global_blocks - num_leading
-        else:
-            chosen = _blocks_at(self.global_block_indices, num_blocks)
-            num_leading = num_trailing = 0
-            while num_leading in chosen:
-                num_leading += 1
-            while num_leading + num_trailing < len(chosen) and num_blocks - 1 - num_trailing in chosen:
-                num_trailing += 1
-            middle = tuple(block for block in chosen if num_leading <= block < num_blocks - num_trailing)
-        return BlockPattern(
-            num_blocks=num_blocks,
-            block_size=self.block_size,
-            window=self.num_sliding_window_blocks,
-            num_leading=num_leading,
-            num_trailing=num_trailing,
-            middle_blocks=middle,
-        )
+            return BlockPattern(**shape, num_leading=num_leading, num_trailing=self.num_global_blocks - num_leading)
+        chosen = _blocks_at(self.global_block_indices, num_blocks)
+        num_leading = num_trailing = 0
+        while num_leading in chosen:
+            num_leading += 1
+        while num_leading + num_trailing < len(chosen) and num_blocks - 1 - num_trailing in chosen:
+            num_trailing += 1
+        middle = tuple(block for block in chosen if num_leading <= block < num_blocks - num_trailing)
+        return BlockPattern(**shape, num_leading=num_leading, num_trailing=num_trailing, middle_blocks=middle)
 
     def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "BlockPattern":
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""

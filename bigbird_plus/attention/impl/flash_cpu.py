@@ -418,9 +418,7 @@ def _attend_to(part: _DensePart, scaling: float, query, key, value, bias) -> tup
     return part.to_rows(output), part.to_rows(log_sum_exp.unsqueeze(-1))
 
 
-def _add_gradients(
-    parts: Group, scaling: float, grads, log_sum_exp, grad_output, query, key, value, bias, output
-) -> None:
+def _add_gradients(parts, scaling, grads, log_sum_exp, grad_output, query, key, value, bias, output) -> None:
     """What comes to queries, keys and values through a group of rows: written to the first of `grads`, added to the
     others."""
     grad_query, grad_key, grad_value = grads
@@ -471,15 +469,13 @@ class Stream:
 
     def __init__(self, pattern: BlockPattern, query, key, value, key_mask, *, scaling: float):
         self.pattern, self.scaling, self.key_mask = pattern, scaling, key_mask
-        self.bias = outer_bias = None
-        if key_mask is not None:
-            self.bias = additive_mask(key_mask, score_dtype(query))
-            outer_bias = self._of_outer_blocks(self.bias)
+        self.bias = None if key_mask is None else additive_mask(key_mask, score_dtype(query))
         self.query, self.ends = query, [tensor.transpose(1, 2) for tensor in (key, value)]
         self.start = self.end = pattern.first_row  # of the blocks that are kept
         self.kept = [tensor[:, :0] for tensor in self.ends]
         self.outer_result = None
         if pattern.outer_blocks:
+            outer_bias = None if self.bias is None else self._of_outer_blocks(self.bias)
             self.outer_result = self._of_outer_rows(key, value, outer_bias)
 
     def tokens(self, blocks: range) -> slice:
