@@ -6,7 +6,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import transformers
 import typer
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Wrong input gives one line on standard error, and exit status 2."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    usage_error = typer.BadParameter.__base__  # typer has no public name for the class of all of them
+    usage_error: Any = typer.BadParameter.__base__  # typer has no public name for the class of all of them
     try:
         status = app(arguments, standalone_mode=False)
     except usage_error as error:
@@ -73,7 +73,7 @@ def _fill_in_document(model, tokenizer) -> None:
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
     fill(text)  # the first call is slower
     start = time.perf_counter()
-    predictions = fill(text)
+    predictions: list = fill(text)
     seconds = time.perf_counter() - start
 
     table = Table("text", "word left out", "predictions (probability)", title="The Book of Ruth, with words left out")
@@ -110,7 +110,7 @@ def fill_mask(
     fill = pipeline("fill-mask", model=bigbird, tokenizer=tokenizer, top_k=top_k)
     if top_k > fill.model.config.vocab_size:
         raise ValueError(f"--top-k must be at most {fill.model.config.vocab_size}, all there are, but is {top_k}.")
-    predictions = fill(text)
+    predictions: list = fill(text)
     predictions = predictions if isinstance(predictions[0], list) else [predictions]
     table = Table("mask", "word", "probability")
     for number, best in enumerate(predictions, start=1):
@@ -251,7 +251,7 @@ def qa(
     """Find the answer to a question in a document of any length."""
     question, context = _checked_text("--question", question), _read_text(document)
     tokenizer = _load(AutoTokenizer, model)
-    answer = pipeline(
+    answer = pipeline(  # type: ignore[call-overload]  # which names the tasks of transformers alone
         "extractive-question-answering",
         model=_load_model(AutoModelForQuestionAnswering, model, tokenizer),
         tokenizer=tokenizer,

@@ -298,7 +298,7 @@ class BigBirdConfig(PretrainedConfig):
     def __eq__(self, other):
         return isinstance(other, PretrainedConfig) and self.__dict__ == other.__dict__
 
-    __hash__ = None  # configurations can be changed
+    __hash__ = None  # type: ignore[assignment]  # configurations can be changed
 
 
 def is_whole_number(value) -> bool:

@@ -1,5 +1,7 @@
 """BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
@@ -60,17 +62,29 @@ def the_cache(past_key_values, cache):
     return cache if past_key_values is None else past_key_values
 
 
+def the_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Ids or embeddings, whichever are given.
+
+    Raises:
+        ValueError: if both are, or neither.
+    """
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+
+
 def positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, flattened) -> Tensor | None:
     """The positions of rows that hold several documents, see `attention.documents`; None if each holds one."""
-    shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    shape = the_inputs(input_ids, inputs_embeds).shape[:2]
     position_ids = document_positions(position_ids, attention_mask, shape, flattened)
     return position_ids if holds_documents(position_ids, attention_mask) else None
 
 
 def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_size: int) -> None:
     """Raises a `ValueError` that names what does not fit: ids of another shape would be read for other tokens."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+    inputs = the_inputs(input_ids, inputs_embeds)
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
         raise ValueError(
             f"input_ids must be whole numbers of the shape [batch, length], but are {input_ids.dtype} of "
@@ -80,7 +94,7 @@ def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_
         raise ValueError(
             f"inputs_embeds must have the shape [batch, length, {hidden_size}], but have {list(inputs_embeds.shape)}."
         )
-    batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    batch, length = inputs.shape[:2]
     if length == 0:
         raise ValueError("The input has the length 0. Give at least one token.")
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
@@ -112,6 +126,9 @@ def first_states(states: Tensor, attention_mask: Tensor | None, config, position
 
 class BigBirdEmbeddings(nn.Module):
     """Tokens, positions and token types, added and normalised."""
+
+    position_ids: Tensor
+    token_type_ids: Tensor
 
     def __init__(self, config):
         super().__init__()
@@ -154,7 +171,7 @@ class BigBirdEmbeddings(nn.Module):
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, or ids have another shape.
         """
         check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.hidden_size)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = the_inputs(input_ids, inputs_embeds)
         if position_ids is None:
             first = past_key_values_length or cache_length
             position_ids = self.position_ids[:, first : first + inputs.shape[1]]
@@ -309,19 +326,19 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: None = None,
+        attention_mask: Plan | Tensor | None = None,
         head_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: FullPart | Tensor | None = None,
         past_key_values=None,
         output_attentions: bool = False,
-        cache_position: None = None,
+        cache_position: Tensor | None = None,
         cache=None,
         cache_idx: int | None = None,
         **block_masks,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BigBirdSelfAttention.forward`, but `encoder_hidden_states`, `[batch, source length, hidden_size]`, are
-        read, with a mask or plan in `encoder_attention_mask`."""
+        read, with a mask or plan in `encoder_attention_mask`; `attention_mask` must be None."""
         refuse_block_masks(**block_masks)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states must be given: cross-attention reads nothing else.")
@@ -589,11 +606,15 @@ class BigBirdEncoder(nn.Module):
         past_key_values = the_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        is_planned = isinstance(attention_mask, Plan)
-        plan = attention_mask if is_planned else Plan((), *hidden_states.shape[:2], positions=None)
+        plan = attention_mask
+        if not isinstance(plan, Plan):
+            batch, length = hidden_states.shape[:2]
+            plan = Plan((), batch, length, positions=torch.arange(length)[None])
         how = {"past_key_values": past_key_values, "output_attentions": output_attentions}
         how |= {"cache_position": cache_position}
-        all_hidden_states, attentions, cross_attentions = (), (), ()
+        all_hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Tensor, ...] = ()
+        cross_attentions: tuple[Tensor, ...] = ()
         for cache_idx, layer in enumerate(self.layer):
             if output_hidden_states:
                 all_hidden_states += (plan.leave(hidden_states),)
@@ -657,6 +678,8 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _supports_context_parallel = False
     _can_compile_fullgraph = True
+    if TYPE_CHECKING:
+        base_model: "BigBirdModel"
 
     def __init__(self, config, *args, **kwargs):
         config = BigBirdConfig.of(config)  # which the models take from `self.config`
@@ -864,7 +887,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 while `torch.onnx.export(..., dynamo=False)` traces a model that can read sparsely.
         """
         self._check(input_ids, inputs_embeds, token_type_ids, position_ids, attention_mask)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = the_inputs(input_ids, inputs_embeds)
         position_ids = document_positions(position_ids, attention_mask, inputs.shape[:2], kwargs)
         given_cache = the_cache(past_key_values, cache)
         has_documents = given_cache is None and holds_documents(position_ids, attention_mask)

@@ -30,6 +30,7 @@ from .modeling_big_bird import (
     first_places,
     first_states,
     positions_of_documents,
+    the_inputs,
 )
 
 logger = logging.get_logger(__name__)
@@ -111,6 +112,8 @@ ONE_DOCUMENT = (
 
 class _TaskModel(BigBirdPreTrainedModel):
     """What all models with a head share: how they call `BigBirdModel`, and how they answer."""
+
+    bert: BigBirdModel
 
     def _read(self, inputs: tuple, asked: tuple, **kwargs):
         """What `BigBirdModel` makes of its first six arguments, `inputs`; `asked` are `output_attentions`,
@@ -603,7 +606,7 @@ class BigBirdForMultipleChoice(_TaskModel):
         Args:
             labels: `int64`, `[batch]`: the right choice.
         """
-        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        num_choices = the_inputs(input_ids, inputs_embeds).shape[1]
         if position_ids is not None and holds_documents(_without_choices(position_ids), None):
             raise ValueError(ONE_DOCUMENT)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
@@ -746,7 +749,7 @@ class BigBirdForQuestionAnswering(_TaskModel):
             start_positions, end_positions: `int64`, `[batch]`: first and last token of the answer. Those beyond the
                 input do not count.
         """
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        length = the_inputs(input_ids, inputs_embeds).shape[1]
         if holds_documents(position_ids, attention_mask):
             raise ValueError(ONE_DOCUMENT)
         in_question = self._question_mask(input_ids, question_lengths, length)
