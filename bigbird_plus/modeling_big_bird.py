@@ -933,10 +933,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
     def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
-        """What enters the layers. Of a packed batch only what is packed is embedded, unless somebody watches: hooks
-        are shown the batch."""
+        """What enters the layers. In inference only what is packed of a packed batch is embedded, unless somebody
+        watches: hooks are shown the batch. (In training checkpointing adds a hook, and shall drop the same.)"""
         given = (input_ids, token_type_ids, plan.positions, inputs_embeds)
-        if plan.packing is None or type(self.embeddings) is not BigBirdEmbeddings or is_watched(self.embeddings):
+        is_ours = type(self.embeddings) is BigBirdEmbeddings and not is_watched(self.embeddings)
+        if plan.packing is None or torch.is_grad_enabled() or not is_ours:
             return plan.enter(self.embeddings(*given))
         packed = (
             None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
