@@ -296,8 +296,8 @@ def _rename(name: str, rules) -> str:
 
 
 def _split_classifier(weights) -> None:
-    """BERT's classifier is the pooling layer and one more, DistilBERT's has a layer before it. Ours has both of them to
-    itself."""
+    """BERT's classifier is the pooling layer and one more, DistilBERT's a layer of its own and one more. Ours has both
+    of them to itself."""
     for part in ("weight", "bias"):
         if f"classifier.{part}" in weights:
             weights[f"classifier.out_proj.{part}"] = weights.pop(f"classifier.{part}")
@@ -355,10 +355,10 @@ def _check_config(kind, config, model_class, source) -> None:
     positions = getattr(config, "position_embedding_type", "absolute")
     if positions not in kind.positions:
         raise ValueError(
-            f"{source} has {positions!r} position embeddings. Of this kind of model only {' and '.join(kind.positions)} "
-            "ones can be converted."
+            f"{source} has {positions!r} position embeddings. Of such models only {' and '.join(kind.positions)} ones "
+            "can be converted."
         )
-    if model_class in LANGUAGE_MODELS and kind.head_activation not in (None, config.hidden_act):
+    if model_class in LANGUAGE_MODELS and kind.head_activation and kind.head_activation != config.hidden_act:
         raise ValueError(
             f"{source} has hidden_act={config.hidden_act!r}, but its language modelling head uses "
             f"{kind.head_activation!r}. A BigBird has one activation for all its parts."
