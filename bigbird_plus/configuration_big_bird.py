@@ -60,7 +60,7 @@ class BigBirdConfig(PretrainedConfig):
         hidden_dropout_prob (`float`, defaults to 0.1): dropout of embeddings, projections and heads.
         attention_probs_dropout_prob (`float`, defaults to 0.1): dropout of attention probabilities. Full attention
             only: block-sparse attention has none.
-        max_position_embeddings (`int`, defaults to 4096): longest input, in tokens.
+        max_position_embeddings (`int`, defaults to 4096): longest input, in tokens, unless positions are rotary.
         type_vocab_size (`int`, defaults to 2): number of token type ids.
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
         layer_norm_eps (`float`, defaults to 1e-12): epsilon of layer normalisation.

@@ -159,7 +159,7 @@ class BigBirdEmbeddings(nn.Module):
         Args:
             input_ids, token_type_ids: by default all tokens are of type 0.
             position_ids: `[batch or 1, length]`, by default those behind `past_key_values_length` earlier tokens.
-            inputs_embeds: `[batch, length, config.embedding_size or hidden_size]`, in the place of `input_ids`.
+            inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             cache_length: another name of `past_key_values_length`.
 
         Raises:
@@ -740,7 +740,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
             module.position_ids.copy_(torch.arange(module.position_ids.shape[1]))
 
     def get_position_embeddings(self) -> nn.Embedding:
-        """The position embeddings, `[max_position_embeddings, hidden_size]`.
+        """The position embeddings, `[max_position_embeddings, config.embedding_width]`.
 
         Raises:
             ValueError: if there are none.
@@ -892,10 +892,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
             attention_mask: 1 where a token is real, 0 where it is padding, `[batch, length]`. With full attention
                 also `[batch, queries, keys]` and `[batch, 1 or heads, queries, keys]`, see `masks.expand_mask`.
             token_type_ids: `int64`, `[batch, length]`, below `config.type_vocab_size`; zeros by default.
-            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings`; counted from the first
-                place of the tensor by default, padding included.
+            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings` unless they are rotary;
+                counted from the first place of the tensor by default, padding included.
             head_mask: `[heads]` or `[layers, heads]`: what the output of each attention head is multiplied by.
-            inputs_embeds: `[batch, length, hidden_size]`, in the place of `input_ids`.
+            inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             encoder_hidden_states: `[batch, source length, hidden_size]`, for a decoder with cross-attention.
             encoder_attention_mask: `[batch, source length]`, as `attention_mask`.
             past_key_values: a cache of transformers, or the tuple of pairs of earlier versions.
@@ -1011,7 +1011,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""
         is_traced = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
-        sparsity, longest = Sparsity.from_config(self.config), self.config.max_position_embeddings
+        sparsity, longest = Sparsity.from_config(self.config), self.config.longest_input or torch.inf
         if is_traced and is_sparse(sparsity, self.attention_type, longest):
             raise ValueError(
                 "torch.onnx.export(..., dynamo=False) cannot express block-sparse attention. Use dynamo=True, or call "
