@@ -261,24 +261,17 @@ ENCODERS = {
     "Esm": {"position_embedding_type": "rotary", "mask_token_id": 4, "pad_token_id": 1, "eos_token_id": 2},
 }
 ENCODER_SOURCES = [
-    "ElectraModel",
     "ElectraForMaskedLM",
     "ElectraForCausalLM",
     "ElectraForSequenceClassification",
-    "ElectraForTokenClassification",
-    "DistilBertModel",
     "DistilBertForMaskedLM",
     "DistilBertForSequenceClassification",
     "DistilBertForTokenClassification",
-    "AlbertModel",
     "AlbertForMaskedLM",
     "AlbertForSequenceClassification",
     "AlbertForMultipleChoice",
-    "AlbertForTokenClassification",
-    "LongformerModel",
     "LongformerForMaskedLM",
     "LongformerForSequenceClassification",
-    "LongformerForTokenClassification",
     "EsmModel",
     "EsmForMaskedLM",
     "EsmForSequenceClassification",
@@ -332,9 +325,8 @@ def test_other_encoders(tmp_path, name):
     if name == "LongformerForSequenceClassification":
         use_one_projection(source)
         source.save_pretrained(tmp_path / "source")
-    convert_checkpoint(tmp_path / "source", tmp_path / "target", block_size=8)
-    ours = "BigBird" + re.sub(r"^.*?(?=Model|For)", "", name)
-    model = getattr(bigbird_plus, ours).from_pretrained(tmp_path / "target").eval()
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target", block_size=8)
+    assert type(model).__name__ == "BigBird" + re.sub(r"^.*?(?=Model|For)", "", name)
     model.config.block_size = 32  # so that all is read
     inputs = make_inputs(source, 150, multiple_choice=name == "AlbertForMultipleChoice")
     expected = first_output(source, inputs)
