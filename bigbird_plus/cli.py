@@ -191,10 +191,8 @@ def _draw_heatmap(model: str | None, file: TextIO, length: int | None, layer: in
 
 
 def _check_length(what: str, length: int, config: BigBirdConfig) -> None:
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"{what} must have at most the model's {config.max_position_embeddings} tokens, but has {length}."
-        )
+    if config.longest_input is not None and length > config.longest_input:
+        raise ValueError(f"{what} must have at most the model's {config.longest_input} tokens, but has {length}.")
 
 
 @app.command()
@@ -235,9 +233,11 @@ def convert(
     max_position_embeddings: Annotated[int, typer.Option(min=1, help="Longest input, in tokens.")] = 4096,
     architecture: Annotated[str | None, typer.Option(help="Class of the new model, as BigBirdForMaskedLM.")] = None,
 ) -> None:
-    """Make a BigBird of a BERT or RoBERTa checkpoint, or of one of Google's."""
+    """Make a BigBird of a checkpoint of BERT, RoBERTa or another encoder, or of one of Google's."""
     model = convert_checkpoint(source, target, max_position_embeddings, architecture=architecture)
-    print(f"{_printable(target)}: {type(model).__name__} for inputs of up to {max_position_embeddings:,} tokens")
+    longest = model.config.longest_input
+    length = "any length" if longest is None else f"up to {longest:,} tokens"
+    print(f"{_printable(target)}: {type(model).__name__} for inputs of {length}")
 
 
 @app.command()

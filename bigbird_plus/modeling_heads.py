@@ -149,12 +149,12 @@ class BigBirdPredictionHeadTransform(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
         self.transform_act_fn = activation_function(config.hidden_act)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., hidden_size]` of the same."""
+        """`[..., embedding_size]` from `[..., hidden_size]`; both are the same unless the configuration says so."""
         return self.LayerNorm(linear(self.dense, hidden_states, self.transform_act_fn))
 
 
@@ -164,7 +164,7 @@ class BigBirdLMPredictionHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.transform = BigBirdPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:

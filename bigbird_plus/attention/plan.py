@@ -25,6 +25,7 @@ from .global_tokens import find_global_tokens
 from .masks import FullMask
 from .parts import AnyPart, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
 from .pattern import BlockPattern, Sparsity
+from .rotary import Rotation, make_rotation
 
 if TYPE_CHECKING:
     from ..configuration_big_bird import BigBirdConfig
@@ -100,6 +101,7 @@ class Plan:
     kept: `bool`, `[batch, length]`: whose states are returned, the others being zero; None for all.
     packing: None if the batch is not packed.
     row: the packed row, if the engine takes it in one go.
+    rotation: of queries and keys, in the layout of the plan; None for models without rotary positions.
     """
 
     parts: tuple[AnyPart, ...]
@@ -112,6 +114,7 @@ class Plan:
     kept: Tensor | None = None
     packing: Packing | None = None
     row: Row | None = None
+    rotation: Rotation | None = None
 
     @property
     def num_documents(self) -> int:
@@ -123,6 +126,17 @@ class Plan:
         if self.packing is not None:
             return states.flatten(0, 1)[self.packing.sources][None]
         return pad_to_blocks(states, self.block_size, dim=1) if self.block_size > 1 else states
+
+    def rotated(self, config, states: Tensor) -> "Plan":
+        """The plan for `states` in its layout, with their rotation if positions are rotary. What is no token of the
+        input, extra global tokens included, has position 0, at which nothing is turned."""
+        if config.position_embedding_type != "rotary":
+            return self
+        positions = self.positions
+        if self.packing is not None:
+            positions = self.enter(positions.expand(self.batch, -1))
+        positions = nn.functional.pad(positions, (0, states.shape[1] - positions.shape[1]))
+        return replace(self, rotation=make_rotation(config, positions))
 
     def leave(self, states: Tensor) -> Tensor:
         """The reverse, with zeros for what is not kept, and without the extra tokens."""
@@ -216,12 +230,15 @@ class Plan:
         if self.packing is None:
             for some in runs(0, self.batch, max(1, size // states.shape[1])):
                 documents = slice(some.start, some.stop)
-                yield states[documents], replace(self, parts=(self.parts[0].some(documents),), batch=len(some))
+                own = (self.parts[0].some(documents),)
+                rotation = self.rotation and self.rotation.of_documents(documents)
+                yield states[documents], replace(self, parts=own, batch=len(some), rotation=rotation)
             return
         for parts in self._parts_of(size):
             first = parts[0].start
-            own = tuple(replace(part, start=part.start - first) for part in parts)
-            yield states[:, first : parts[-1].end], replace(self, parts=own)
+            moved = tuple(replace(part, start=part.start - first) for part in parts)
+            places = slice(first, parts[-1].end)
+            yield states[:, places], replace(self, parts=moved, rotation=self.rotation and self.rotation.of(places))
 
     def _parts_of(self, size: int) -> Iterator[list[AnyPart]]:
         """Neighbouring parts, cut where they are too large, of up to `size` tokens together or of one document."""
@@ -336,7 +353,9 @@ def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
 
 
 def _check_length(config, tokens: Tokens, length: int) -> None:
-    most, past = config.max_position_embeddings, tokens.past
+    most, past = config.longest_input, tokens.past
+    if most is None:
+        return
     if tokens.position_ids is None:
         needed = past + length if isinstance(past, int) else 0
     else:
@@ -527,7 +546,8 @@ def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor
     first = torch.zeros(tokens.batch, 1, dtype=torch.int64)
     for span in spans:
         first[span.row] = span.first
-    return (positions - first.to(tokens.device)).clamp(0, config.max_position_embeddings - 1)  # padding gets any
+    last = None if config.longest_input is None else config.longest_input - 1
+    return (positions - first.to(tokens.device)).clamp(0, last)  # padding gets any
 
 
 def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chosen, choice) -> FullPart | SparsePart:
