@@ -5,8 +5,11 @@ Python's fork server imports these two once. Each process is forked from it, and
 
 import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
+
+import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "transformers.modeling_utils", "transformers.pipelines"])
@@ -28,6 +31,22 @@ def run(program, *arguments, folder, **environment):
     process = start(program, *arguments, folder=folder, **environment)
     process.join()
     assert process.exitcode == 0, Path(folder, "printed.txt").read_text()
+
+
+def run_in_parallel(function, *arguments, processes=2):
+    """Real processes that `torch.distributed` knows of, as `torchrun` starts them. An error in one ends all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    arguments = (function, arguments, {**environment, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1})
+    torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=processes, start_method="forkserver")
+
+
+def _run_rank(rank, function, arguments, environment):
+    environment = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    function(*arguments)
 
 
 def _run(program, arguments, folder, log, environment):

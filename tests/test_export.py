@@ -1,8 +1,5 @@
 """torch.export, ONNX and int8: graphs that serve every batch size and length, and layers of another kind."""
 
-import subprocess
-import sys
-
 import onnxruntime
 import pytest
 import torch
@@ -14,6 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import bigbird_plus
 from bigbird_plus import demo
 
+from . import fresh
 from .peers import MODELS, make_model, random_ids, random_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx", "ignore::FutureWarning")
@@ -181,7 +179,7 @@ def test_a_saved_program_runs_without_the_package(tmp_path):
         "torch.save(program(**torch.load('inputs.pt'))[0], 'logits.pt')\n"
         "assert 'bigbird_plus' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    fresh.run(script, folder=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(**inputs)[0], rtol=1e-4, atol=1e-4)
 
 

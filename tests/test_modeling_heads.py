@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import bigbird_plus
 from bigbird_plus._compat import CACHE
 
+from . import fresh
 from .peers import MODELS, TASK_MODELS, make_model, make_pair, random_ids, random_inputs, tiny_settings
 
 SPARSE = 131  # a length at which a block-sparse model reads sparsely
@@ -306,10 +307,10 @@ def test_training_moves_tied_weights_together(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_in_parallel(rank, folder):
+def train_in_parallel(folder):
     """Two steps of every model; a parameter without a gradient would stop the second."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    gradients = {}
+    distributed.init_process_group("gloo")
+    rank, gradients = distributed.get_rank(), {}
     for name in TASK_MODELS:
         inputs = random_inputs(name, 2, SPARSE, seed=rank)
         model = DistributedDataParallel(make_model(name, is_decoder=name == "BigBirdForCausalLM").train())
@@ -321,8 +322,9 @@ def train_in_parallel(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_distributed_training_needs_no_search_for_unused_parameters(tmp_path):
-    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    fresh.run_in_parallel(train_in_parallel, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in TASK_MODELS:
         alone = []

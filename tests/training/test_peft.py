@@ -1,7 +1,5 @@
 """Adapters of PEFT on every head: only they learn, and what they learned survives saving, loading and merging."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import peft
@@ -28,6 +26,7 @@ from transformers import TorchAoConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import bigbird_plus
+from tests import fresh
 from tests.peers import TASK_MODELS, make_pair, random_inputs
 from tests.training.common import LENGTH, labelled_rows, make_trainer, tiny_model
 
@@ -357,5 +356,4 @@ assert type(transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1])) is b
 bigbird_plus.unregister()
 bigbird_plus.register()
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    fresh.run(program, tmp_path, folder=tmp_path)
