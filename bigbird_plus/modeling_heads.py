@@ -634,9 +634,7 @@ class BigBirdForMultipleChoice(_TaskModel):
             raise ValueError(ONE_DOCUMENT)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         inputs = (*map(_without_choices, inputs), head_mask, _without_choices(inputs_embeds))
-        outputs = self._read(
-            inputs, (output_attentions, output_hidden_states, _without_choices(global_attention_mask))
-        )
+        outputs = self._read(inputs, (output_attentions, output_hidden_states, _without_choices(global_attention_mask)))
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
         output = MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
