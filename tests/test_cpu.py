@@ -9,7 +9,10 @@ from bigbird_plus.cpu import TanhGELU, linear, prefers_onednn
 
 tanh_gelu = TanhGELU()
 
-pytestmark = pytest.mark.skipif(not module.has_onednn(), reason="this torch has no oneDNN")
+pytestmark = [
+    pytest.mark.torch_only,
+    pytest.mark.skipif(not module.has_onednn(), reason="this torch has no oneDNN"),
+]
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ for folder in sys.argv[1:]:
     model_class = getattr(transformers, folder.split("-")[0])
     model, info = model_class.from_pretrained(f"{folder}/ours", output_loading_info=True)
     assert not any(info.values()), (folder, info)
+    config = transformers.AutoConfig.from_pretrained(f"{folder}/ours")
+    assert all(type(one).__module__.startswith("transformers.") for one in (model, config))
     inputs = torch.load(f"{folder}/inputs.pt")
     found = {"ours": {kind: answer(model, inputs[kind]) for kind in inputs}}
     for name, parameter in model.named_parameters():
