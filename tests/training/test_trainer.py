@@ -16,7 +16,7 @@ from transformers import (
 
 import bigbird_plus
 from tests import fresh
-from tests.peers import TASK_MODELS
+from tests.peers import TASK_MODELS, few_are_quick
 from tests.training import resumable
 from tests.training.common import labelled_rows, make_trainer, tiny_model, trained_weights
 
@@ -79,7 +79,7 @@ def test_gradient_checkpointing_changes_nothing(name, use_reentrant, tmp_path):
     assert_same_weights(checkpointed, plain, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", TASK_MODELS)
+@pytest.mark.parametrize("name", few_are_quick(TASK_MODELS))
 def test_torch_compile_changes_nothing(name, tmp_path):
     """The graph, forward and backward; inductor's own code for it is torch's, and takes a minute to make."""
     settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "settings": {"num_hidden_layers": 1}}
