@@ -254,33 +254,29 @@ def test_a_picture_with_a_name_that_is_no_text(run_command, tmp_path, monkeypatc
     assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)]
 
 
-def bert(tmp_path) -> Path:
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    return tmp_path / "bert"
-
-
 @pytest.fixture(scope="module")
-def misfits(tmp_path_factory, checkpoint) -> dict[str, Path]:
+def places(tmp_path_factory, checkpoint) -> dict[str, Path]:
+    """By name: checkpoints, most of which are of no use, an empty folder, and texts, most of which are none."""
+    folder = tmp_path_factory.mktemp("places")
+    for name in ("bert", "empty"):
+        (folder / name).mkdir()
+    (folder / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    make_misfits(folder, checkpoint)
+    shutil.copytree(checkpoint, folder / "broken")
+    (folder / "broken" / "model.safetensors").write_text("no weights")
+    texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    return {"checkpoint": checkpoint, **{path.name: path for path in folder.iterdir()}}
+
+
+def make_misfits(folder, checkpoint):
     """Checkpoints of parts that do not fit: a vocabulary for a larger model, and weights for one as well."""
-    folder = tmp_path_factory.mktemp("misfits")
     make_model("BigBirdForMaskedLM", vocab_size=1000).save_pretrained(folder / "small")
     for name in ("spiece.model", "tokenizer_config.json"):
         shutil.copyfile(checkpoint / name, folder / "small" / name)
     shutil.copytree(folder / "small", folder / "smaller")
     bigbird_plus.BigBirdConfig(**tiny_settings(vocab_size=990)).save_pretrained(folder / "smaller")
-    return {name: folder / name for name in ("small", "smaller")}
-
-
-def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
-    """By name: an empty folder, a checkpoint whose weights are none, and texts, most of which are of no use."""
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(checkpoint, tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").write_text("no weights")
-    texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
-    for name, content in texts.items():
-        (tmp_path / name).write_bytes(content)
-    return {name: tmp_path / name for name in ("empty", "broken", *texts)}
 
 
 @pytest.mark.parametrize(
@@ -351,9 +347,8 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["bench", "--json", "no/folder/out.json"], "There is no folder to write no/folder/out.json to"),
     ],
 )
-def test_wrong_input(capsys, checkpoint, misfits, tmp_path, monkeypatch, arguments, message):
+def test_wrong_input(capsys, places, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **misfits, **wrong_files(tmp_path, checkpoint)}
     assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
 
 
