@@ -26,6 +26,8 @@ from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
+from .attention.processes import active_processes
+from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, in_pieces, is_watched, linear
 
@@ -81,8 +83,6 @@ def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_
             f"inputs_embeds must have the shape [batch, length, {hidden_size}], but have {list(inputs_embeds.shape)}."
         )
     batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-    if length == 0:
-        raise ValueError("The input has the length 0. Give at least one token.")
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         # Sizes one by one: while a graph is traced, equal ones can have different names, which tuples do not resolve.
         if ids is not None and not (ids.dim() == 2 and ids.shape[0] in (1, batch) and ids.shape[1] == length):
@@ -874,9 +874,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
             global_attention_mask=global_attention_mask,
             has_documents=has_documents,
         )
-        plan = make_plan(self.config, self.attention_type, tokens, keeps=self._keeps(computes_padding))
+        plan = self._plan(tokens, keeps=self._keeps(computes_padding))
 
-        embeddings = self.embeddings(input_ids, token_type_ids, plan.positions, inputs_embeds)
+        given = (input_ids, token_type_ids, plan.positions, inputs_embeds)
+        embeddings = self.embeddings(*plan.own_tokens(*given))
         hidden_states = self.embeddings.append_extra_tokens(plan.enter(embeddings), plan.num_documents)
         asked = self._asked(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         asks_for_more = any(asked.values()) or head_mask is not None
@@ -893,7 +894,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
-                outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
+                plan.first_states(outputs.last_hidden_state), attention_mask, position_ids if has_documents else None
             ),
             **outputs,
         )
@@ -905,6 +906,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         refuse_context_parallel()
         self._refuse_onnx_tracer()
         check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.config.hidden_size)
+        if (input_ids if inputs_embeds is None else inputs_embeds).shape[1] == 0:
+            raise ValueError("The input has the length 0. Give at least one token.")
         if input_ids is not None and may_read_values(input_ids) and not self.config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -912,6 +915,12 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _asked(self, **asked: bool | None) -> dict[str, bool]:
         """What is asked for, by the caller or else by the configuration."""
         return {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+
+    def _plan(self, tokens: Tokens, keeps: str) -> Plan:
+        processes = active_processes()
+        if processes is not None:
+            return share_plan(self.config, self.attention_type, tokens, processes, keeps=keeps)
+        return make_plan(self.config, self.attention_type, tokens, keeps=keeps)
 
     def _keeps(self, computes_padding) -> str:
         """Whose states are wanted, see `make_plan`."""
@@ -975,8 +984,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             )
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = cache_of_tuples(past_key_values)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not is_exporting()  # torch.export knows no caches
+        if use_cache is None:  # torch.export knows no caches, nor do processes that share a document
+            use_cache = self.config.use_cache and not is_exporting() and active_processes() is None
         if self.encoder.gradient_checkpointing and self.training:
             use_cache = False
         if past_key_values is None and use_cache and self.config.is_decoder and not has_documents:
@@ -991,6 +1000,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             return None
         if not self.config.add_cross_attention:
             raise ValueError("encoder_hidden_states needs a model with cross-attention: add_cross_attention=True.")
+        if active_processes() is not None:
+            raise ValueError("encoder_hidden_states are not for context_parallel, which shares encoders and decoders.")
         name = full_implementation(self.config)
         mask = masks.cross_attention_mask(
             mask,

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, logging
 from ._compat import CACHE
 from .attention.common import is_tracing
 from .attention.documents import Flattened, document_starts, holds_documents, uncompiled_for_documents
+from .attention.processes import active_processes
 from .modeling_big_bird import (
     BigBirdIntermediate,
     BigBirdModel,
@@ -115,7 +116,7 @@ class _TaskModel(BigBirdPreTrainedModel):
         """What `BigBirdModel` makes of its first six arguments, `inputs`; `asked` are `output_attentions`,
         `output_hidden_states` and `global_attention_mask`."""
         output_attentions, output_hidden_states, global_attention_mask = asked
-        return self.bert(
+        outputs = self.bert(
             *inputs,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -123,6 +124,10 @@ class _TaskModel(BigBirdPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        processes = active_processes()
+        if processes is not None:  # heads tell of whole documents
+            outputs.last_hidden_state = processes.gather(outputs.last_hidden_state, dim=1)
+        return outputs
 
     def _answer(self, output_class, outputs, return_dict, **fields):
         """`fields`, and the hidden states and probabilities of the model, as the caller wants them."""

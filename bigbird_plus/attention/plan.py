@@ -95,6 +95,14 @@ class Plan:
         """How many documents there are, each with extra tokens of its own."""
         return self.batch if self.packing is None else len(self.packing.spans)
 
+    def own_tokens(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of tensors `[batch or 1, length, ...]` the tokens that are computed here: all."""
+        return tensors
+
+    def first_states(self, states: Tensor) -> Tensor:
+        """What has left the plan, so that its first places are those of the batch."""
+        return states
+
     def enter(self, states: Tensor) -> Tensor:
         """What the layers compute, without the extra tokens, of `[batch, length, ...]`."""
         if self.packing is not None:
@@ -273,7 +281,7 @@ def is_sparse(sparsity: Sparsity, attention_type: str, keys: int) -> bool:
     return attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
 
-def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
+def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real", packs: bool = True) -> Plan:
     """The plan of a call.
 
     Args:
@@ -282,6 +290,7 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
         tokens: what the call brings.
         keeps: whose states are wanted: of `"real"` tokens; of those and of the `"first"` place of each row, which
             tells something of the row; or of `"all"` places. Decoders and eager attention compute all, in any case.
+        packs: whether the batch may be packed.
 
     Raises:
         ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
@@ -291,7 +300,7 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
     reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
     kept = _kept(reader, keeps)
-    spans, per_document = _find_documents(reader, kept)
+    spans, per_document = _find_documents(reader, kept) if packs else ([], False)
     if spans:
         return _packed_plan(reader, spans, per_document)
     _check_length(config, tokens, tokens.length)
