@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .attention.processes import Processes, sharing
+from .attention.processes import Processes, active_processes, sharing
 
 
 @contextmanager
@@ -13,8 +15,9 @@ def context_parallel(mesh_or_group) -> Iterator[Processes]:
     """Within it, processes share each document: exactly, each computing a run of its blocks.
 
     Every process passes the same whole inputs to the model. Inputs may be of any length; shards differ by a block at
-    most. Of hidden states each process gets those of its own tokens, `processes.gather(states)` those of all. Task
-    models answer for whole documents, with the loss of whole documents, on every process.
+    most. Of hidden states and of logits of tokens each process gets those of its own tokens,
+    `processes.gather(tensor)` are those of all. All else is that of whole documents on every process: `pooler_output`,
+    the loss, the logits of documents, and the two of question answering.
 
     Gradients are right once they are averaged over the processes, as DDP and FSDP do: the mean over processes of
     `parameter.grad` is the gradient of one process that has the documents alone. `backward` may be called outside, but
@@ -44,3 +47,22 @@ def context_parallel(mesh_or_group) -> Iterator[Processes]:
         group = mesh_or_group.get_group()
     with sharing(Processes(group)) as processes:
         yield processes
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of tokens `[batch, length, ...]`, which processes may share, those of whole documents."""
+    processes = active_processes()
+    return tensor if processes is None else processes.gather(tensor)
+
+
+def own_labels(labels: Tensor | None, states: Tensor) -> Tensor | None:
+    """Of `[batch, length]` those of the tokens whose states these are: of all, unless processes share them."""
+    processes = active_processes()
+    return labels if processes is None or labels is None else processes.take_own(labels, states.shape[1])
+
+
+def mean_of_all(total: Tensor, count: Tensor) -> Tensor:
+    """The mean over what processes share, of which this one has `count` numbers that make `total`."""
+    processes = active_processes()
+    total, count = processes.total(torch.stack((total, count.to(total.dtype))))
+    return total / count

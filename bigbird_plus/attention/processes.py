@@ -36,9 +36,23 @@ class Processes:
     def gather(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """The tensors of all processes one behind the other in a dimension, in which they need not be of one size: of
         hidden states, `[batch, tokens, hidden_size]`, those of the whole documents."""
-        size = torch.tensor([tensor.shape[dim]], device=tensor.device)
-        sizes = self._of_all(size, [1] * self.size).tolist()
+        sizes = self._sizes(tensor.shape[dim], tensor.device)
         return self._of_all(tensor.movedim(dim, 0), sizes).movedim(0, dim)
+
+    def take_own(self, tensor: Tensor, count: int) -> Tensor:
+        """The part of this process, which is of so many tokens, of the whole `[batch, length]`.
+
+        Raises:
+            ValueError: if there are not as many tokens as all processes have.
+        """
+        sizes = self._sizes(count, tensor.device)
+        if tensor.dim() != 2 or tensor.shape[1] != sum(sizes):
+            raise ValueError(f"labels must have the shape [batch, {sum(sizes)}], but have {list(tensor.shape)}.")
+        first = sum(sizes[: self.rank])
+        return tensor[:, first : first + count]
+
+    def _sizes(self, own: int, device: torch.device) -> list[int]:
+        return self._of_all(torch.tensor([own], device=device), [1] * self.size).tolist()
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all processes, which have one shape."""
