@@ -876,9 +876,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         plan = self._plan(tokens, keeps=self._keeps(computes_padding))
 
-        given = (input_ids, token_type_ids, plan.positions, inputs_embeds)
-        embeddings = self.embeddings(*plan.own_tokens(*given))
-        hidden_states = self.embeddings.append_extra_tokens(plan.enter(embeddings), plan.num_documents)
+        embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds)
+        hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
         asked = self._asked(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         asks_for_more = any(asked.values()) or head_mask is not None
         outputs = self.encoder(
@@ -911,6 +910,17 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if input_ids is not None and may_read_values(input_ids) and not self.config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+
+    def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
+        """What enters the layers. Of a packed batch only what is packed is embedded, unless somebody watches: hooks
+        are shown the batch."""
+        given = plan.own_tokens(input_ids, token_type_ids, plan.positions, inputs_embeds)
+        if plan.packing is None or type(self.embeddings) is not BigBirdEmbeddings or is_watched(self.embeddings):
+            return plan.enter(self.embeddings(*given))
+        packed = (
+            None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
+        )
+        return self.embeddings(*packed)
 
     def _asked(self, **asked: bool | None) -> dict[str, bool]:
         """What is asked for, by the caller or else by the configuration."""

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,59 +11,95 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 import bigbird_plus
-from tests.peers import make_model, random_ids, random_inputs
+from tests.peers import TASK_MODELS, make_model, random_ids, random_inputs
 
 LENGTH = 203  # 26 blocks, the last one not full
+STEPS = 3
+
+
+def compare(model, inputs, group):
+    """The largest differences between what processes find together and one alone."""
+    alone = answer(model, inputs)
+    objective(alone).backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    with bigbird_plus.context_parallel(group) as processes:
+        shared = answer(model, inputs, processes)
+    objective(shared).backward()
+    average_gradients(model, processes)
+    found = gradients(model)
+    scale = max(grad.abs().max() for grad in expected.values())
+    return {
+        "outputs": max(difference(shared[key], alone[key]) for key in alone),
+        "gradients": max(difference(found[name], grad) for name, grad in expected.items()) / float(scale),
+        "is_same_everywhere": is_same_everywhere(shared["loss"] if "loss" in shared else objective(shared), group),
+    }
+
+
+def answer(model, inputs, processes=None):
+    """What a model returns, of whole documents, by name."""
+    outputs = model(**inputs)
+    found = {key: tensor for key, tensor in outputs.items() if isinstance(tensor, torch.Tensor)}
+    length = inputs["input_ids"].shape[-1]
+    if processes is not None:
+        is_part = {key: tensor.dim() == 3 and key != "hidden_states" for key, tensor in found.items()}
+        found = {key: processes.gather(tensor) if is_part[key] else tensor for key, tensor in found.items()}
+    assert all(tensor.dim() < 3 or tensor.shape[1] == length for tensor in found.values())
+    return found
+
+
+def objective(outputs):
+    """The loss, or something that depends on all states."""
+    return outputs["loss"] if "loss" in outputs else sum(tensor.square().mean() for tensor in outputs.values())
 
 
 def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def compare(model, inputs, group, asks=lambda outputs, processes: outputs):
-    """The largest differences between what processes find together and one alone."""
-    model.zero_grad()
-    alone = asks(model(**inputs), None)
-    objective(alone).backward()
-    expected = gradients(model)
-    model.zero_grad(set_to_none=True)
-    with bigbird_plus.context_parallel(group) as processes:
-        shared = asks(model(**inputs), processes)
-    objective(shared).backward()
-    found = gradients(model)
-    for grad in found.values():
-        dist.all_reduce(grad, group=group)
+def average_gradients(model, processes):
+    for grad in gradients(model).values():
+        dist.all_reduce(grad, group=processes.group)
         grad /= processes.size
-    scale = max(grad.abs().max() for grad in expected.values())
-    differences = [(shared[key] - alone[key]).abs().max() for key in alone if isinstance(alone[key], torch.Tensor)]
+
+
+def difference(one, other):
+    assert one.shape == other.shape
+    return float((one - other).detach().abs().max())
+
+
+def is_same_everywhere(tensor, group):
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, tensor.detach(), group=group)
+    return all(torch.equal(other, found[0]) for other in found)
+
+
+def train(model, inputs, group=None):
+    """Losses and weights of a few steps of gradient descent."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(STEPS):
+        with bigbird_plus.context_parallel(group) if group is not None else nullcontext() as processes:
+            loss = model(**inputs).loss
+        loss.backward()
+        if processes is not None:
+            average_gradients(model, processes)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+def compare_training(group, **settings):
+    """The same of three optimizer steps."""
+    name = "BigBirdForMaskedLM"
+    inputs = labelled(name, mask=right_padding)
+    losses, weights = train(make(name, training=True, **settings), inputs)
+    found_losses, found_weights = train(make(name, training=True, **settings), inputs, group)
     return {
-        "outputs": float(max(differences)),
-        "gradients": float(max((found[name] - grad).abs().max() for name, grad in expected.items()) / scale),
-        "bytes_sent": processes.bytes_sent,
+        "losses": max(abs(one - other) for one, other in zip(losses, found_losses, strict=True)),
+        "weights": max(difference(found_weights[key], weight) for key, weight in weights.items()),
     }
-
-
-def objective(outputs):
-    """The loss, or something that depends on all states."""
-    if outputs.get("loss") is not None:
-        return outputs["loss"]
-    return sum(tensor.square().mean() for tensor in outputs.values() if tensor is not None)
-
-
-def states(outputs, processes):
-    """Of `BigBirdModel`, whole."""
-    outputs = {"states": outputs.last_hidden_state, "pooler_output": outputs.get("pooler_output")}
-    if processes is not None:
-        outputs["states"] = processes.gather(outputs["states"])
-    return outputs
-
-
-def encoder(training=False, length=LENGTH, batch=2, dtype=torch.float64, mask=None, **settings):
-    model = make_model(**settings).to(dtype).train(training)
-    inputs = {"input_ids": random_ids(batch, length)}
-    if mask is not None:
-        inputs["attention_mask"] = mask(batch, length)
-    return model, inputs
 
 
 def right_padding(batch, length):
@@ -73,29 +110,79 @@ def left_padding(batch, length):
     return right_padding(batch, length).flip(-1)
 
 
-CASES = {
-    "eval": {},
-    "training": {"training": True},
-    "float32": {"dtype": torch.float32},
-    "eager": {"attn_implementation": "eager"},
-    "gathered": {"attn_implementation": "gather", "training": True},
-    "right padding": {"mask": right_padding, "training": True},
-    "left padding": {"mask": left_padding},
-    "short": {"length": 61},
-    "very short": {"length": 3},
-    "full": {"attention_type": "original_full", "mask": right_padding},
-    "extra tokens": {"num_extra_global_tokens": 3, "training": True},
-    "extra tokens, full": {"num_extra_global_tokens": 3, "length": 61},
-    "one layout": {"different_layout_per_head": False, "training": True},
-    "wide window": {"num_sliding_window_blocks": 7, "num_random_blocks": 1},
-    "four global blocks": {"num_global_blocks": 4, "num_random_blocks": 1},
-    "no global blocks": {"num_global_blocks": 0, "num_random_blocks": 1},
-    "global indices": {"global_block_indices": [0, 5, -3], "num_random_blocks": 1},
-    "decoder": {"is_decoder": True},
-    "decoder, padded": {"is_decoder": True, "mask": right_padding},
-    "decoder, short": {"is_decoder": True, "length": 61},
-    "decoder without random blocks": {"is_decoder": True, "num_random_blocks": 0},
+def chosen_tokens(batch, length):
+    """Some here and there, more in the first document."""
+    chosen = torch.zeros(batch, length, dtype=torch.long)
+    chosen[0, [1, 30, 31, 100, 150, length - 1]] = 1
+    chosen[-1, 50] = 1
+    return chosen
+
+
+def make(name="BigBirdModel", *, training=False, dtype=torch.float64, checkpointing=False, **settings):
+    model = make_model(name, **settings).to(dtype).train(training)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def plain(length=LENGTH, batch=2, **masks):
+    """Inputs of `BigBirdModel`."""
+    made = {("attention_mask" if key == "mask" else key): mask(batch, length) for key, mask in masks.items()}
+    return {"input_ids": random_ids(batch, length), **made}
+
+
+def labelled(name, mask=None):
+    inputs = random_inputs(name, 2, LENGTH, padded=False)
+    if mask is not None:
+        inputs["attention_mask"] = mask(2, LENGTH)
+    return inputs
+
+
+# Settings of a model and of its inputs.
+ENCODERS = {
+    "eval": ({}, {}),
+    "training": ({"training": True}, {}),
+    "float32": ({"dtype": torch.float32}, {}),
+    "eager": ({"attn_implementation": "eager"}, {}),
+    "gathered": ({"attn_implementation": "gather", "training": True}, {}),
+    "checkpointing": ({"checkpointing": True, "training": True}, {}),
+    "right padding": ({"training": True}, {"mask": right_padding}),
+    "left padding": ({}, {"mask": left_padding}),
+    "short": ({}, {"length": 61}),
+    "very short": ({}, {"length": 3}),
+    "full": ({"attention_type": "original_full"}, {"mask": right_padding}),
+    "chosen tokens": ({"training": True}, {"global_attention_mask": chosen_tokens}),
+    "chosen tokens, padded": ({}, {"global_attention_mask": chosen_tokens, "mask": right_padding}),
+    "extra tokens": ({"num_extra_global_tokens": 3, "training": True}, {}),
+    "extra tokens, short": ({"num_extra_global_tokens": 3}, {"length": 61}),
+    "extra and chosen tokens": ({"num_extra_global_tokens": 9}, {"global_attention_mask": chosen_tokens}),
+    "one layout": ({"different_layout_per_head": False, "training": True}, {}),
+    "wide window": ({"num_sliding_window_blocks": 7, "num_random_blocks": 1}, {}),
+    "four global blocks": ({"num_global_blocks": 4, "num_random_blocks": 1}, {}),
+    "no global blocks": ({"num_global_blocks": 0, "num_random_blocks": 1}, {}),
+    "global indices": ({"global_block_indices": [0, 5, -3], "num_random_blocks": 1}, {}),
 }
+DECODERS = {
+    "decoder": ({"is_decoder": True}, {}),
+    "decoder, padded": ({"is_decoder": True, "training": True}, {"mask": right_padding}),
+    "decoder, short": ({"is_decoder": True}, {"length": 61}),
+    "decoder without random blocks": ({"is_decoder": True, "num_random_blocks": 0}, {}),
+}
+MODELS = {**ENCODERS, **DECODERS}
+
+
+def findings(group):
+    """All that is found, by name."""
+    for name, (settings, inputs) in MODELS.items():
+        yield name, compare(make(**settings), plain(**inputs), group)
+    for name in TASK_MODELS:
+        how = {"is_decoder": name == "BigBirdForCausalLM", "training": True}
+        inputs = labelled(name, None if name == "BigBirdForMultipleChoice" else right_padding)
+        yield name, compare(make(name, **how), inputs, group)
+    sparse = make("BigBirdForMaskedLM", sparse_prediction=True)
+    yield "sparse prediction", compare(sparse, labelled("BigBirdForMaskedLM"), group)
+    yield "steps", compare_training(group)
+    yield "steps in float32", compare_training(group, dtype=torch.float32)
 
 
 def run(rank, size, folder, names):
@@ -103,11 +190,12 @@ def run(rank, size, folder, names):
     store = dist.FileStore(str(Path(folder, "store")), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     results = {}
-    for name in names or CASES:
-        model, inputs = encoder(**CASES[name])
-        results[name] = compare(model, inputs, dist.group.WORLD, states)
+    for name, found in findings(dist.group.WORLD):
+        results[name] = found
         if rank == 0:
-            print(name, results[name], flush=True)
+            print(name, found, flush=True)
+    if rank == 0:
+        torch.save(results, Path(folder, "results.pt"))
     dist.destroy_process_group()
 
 
