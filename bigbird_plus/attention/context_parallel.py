@@ -347,7 +347,8 @@ def _attend_to_all(query, key, value, exchanges, reading, scaling) -> Tensor:
         seen = int(places[-1]) + 1 - shards.own.start * query.shape[3]
         key, value = key[:, :, : max(seen, 0)], value[:, :, : max(seen, 0)]
     bias = _bias(places.to(key.device), key, reading)
-    context, log_sum_exp = _Part.apply(query.flatten(2, 3), key, value, bias, scaling)
+    with torch.autocast(query.device.type, enabled=False):
+        context, log_sum_exp = _Part.apply(query.flatten(2, 3), key, value, bias, scaling)
     part = torch.cat((context, log_sum_exp), dim=-1).unflatten(2, query.shape[2:4]).movedim(2, 0)
     owners = shards.owners(full)
     sent = np.bincount(owners, minlength=shards.size).tolist()
@@ -394,7 +395,8 @@ class _Part(torch.autograd.Function):
         log_sum_exp = query.new_full((*query.shape[:-1], 1), torch.finfo(dtype).min, dtype=dtype)
         for scores, keys in _scores(query, key, bias, scaling):
             part = scores.logsumexp(-1, keepdim=True)
-            merge(context, log_sum_exp, (scores - part).exp() @ value[:, :, keys].to(dtype), part)
+            probabilities = (scores - part).exp().to(value.dtype)
+            merge(context, log_sum_exp, (probabilities @ value[:, :, keys]).to(dtype), part)
         ctx.save_for_backward(query, key, value, bias, context, log_sum_exp)
         ctx.scaling = scaling
         return context, log_sum_exp
@@ -403,14 +405,16 @@ class _Part(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_lse):
         query, key, value, bias, context, log_sum_exp = ctx.saved_tensors
-        grads = [torch.zeros_like(query, dtype=grad.dtype), *(torch.empty_like(tensor) for tensor in (key, value))]
+        grads = torch.zeros_like(context), torch.empty_like(key), torch.empty_like(value)
         delta = (grad * context).sum(-1, keepdim=True) - grad_lse
+        grad = grad.to(query.dtype)
         for scores, keys in _scores(query, key, bias, ctx.scaling):
             probabilities = (scores - log_sum_exp).exp()
-            grads[2][:, :, keys] = probabilities.transpose(-1, -2) @ grad
-            grad_scores = probabilities * (grad @ value[:, :, keys].to(grad.dtype).transpose(-1, -2) - delta)
-            grads[0] += ctx.scaling * grad_scores @ key[:, :, keys].to(grad.dtype)
-            grads[1][:, :, keys] = ctx.scaling * grad_scores.transpose(-1, -2) @ query.to(grad.dtype)
+            grads[2][:, :, keys] = probabilities.to(query.dtype).transpose(-1, -2) @ grad
+            grad_scores = probabilities * ((grad @ value[:, :, keys].transpose(-1, -2)) - delta)
+            grad_scores = (grad_scores * ctx.scaling).to(query.dtype)
+            grads[0].add_(grad_scores @ key[:, :, keys])
+            grads[1][:, :, keys] = grad_scores.transpose(-1, -2) @ query
         return grads[0].to(query.dtype), *grads[1:], None, None
 
 
