@@ -108,6 +108,14 @@ class BigBirdConfig(PretrainedConfig):
 
     model_type = "big_bird"
     keys_to_ignore_at_inference = [CACHE]
+    base_model_tp_plan = {
+        "encoder.layer.*.attention.self.query": "colwise",
+        "encoder.layer.*.attention.self.key": "colwise",
+        "encoder.layer.*.attention.self.value": "colwise",
+        "encoder.layer.*.attention.output.dense": "rowwise",
+        "encoder.layer.*.intermediate.dense": "colwise",
+        "encoder.layer.*.output.dense": "rowwise",
+    }
 
     def __init__(
         self,

@@ -192,7 +192,7 @@ class BigBirdSelfAttention(nn.Module):
         self.layer_idx = layer_idx or 0  # random blocks are drawn by it
         self.is_causal = config.is_decoder and not self.is_cross_attention  # attention functions look for it
         self.attention_type = config.attention_type
-        self.heads = list(range(config.num_attention_heads))  # those that were not pruned
+        self._kept_heads = list(range(config.num_attention_heads))  # those that were not pruned
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.attention_head_size**-0.5
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # attention functions are told of it
@@ -273,8 +273,27 @@ class BigBirdSelfAttention(nn.Module):
         return factors
 
     @property
+    def heads(self) -> list[int]:
+        """Those that are computed here: that were not pruned, and of those under tensor parallelism the share of this
+        process."""
+        mesh = getattr(getattr(self.query, "weight", None), "device_mesh", None)
+        if mesh is None:
+            return self._kept_heads
+        share, rest = divmod(len(self._kept_heads), mesh.size())
+        if rest:
+            raise ValueError(
+                f"Tensor parallelism shares out whole heads: {len(self._kept_heads)} heads are no multiple of tp_size "
+                f"({mesh.size()})."
+            )
+        return self._kept_heads[mesh.get_local_rank() * share :][:share]
+
+    @heads.setter
+    def heads(self, kept: list[int]):
+        self._kept_heads = kept
+
+    @property
     def num_attention_heads(self) -> int:
-        """Those that were not pruned."""
+        """How many heads are computed here."""
         return len(self.heads)
 
     @property
@@ -752,8 +771,9 @@ def refuse_context_parallel() -> None:
     attention = nn.functional.scaled_dot_product_attention
     if str(getattr(attention, "__module__", "")).startswith("torch.distributed."):
         raise ValueError(
-            "context_parallel splits documents over processes, and BigBird would read each part as a document of its "
-            "own. Use cp_size=1, and share out whole documents: with DDP or FSDP."
+            "torch's context_parallel splits documents over processes, and BigBird would read each part as a document "
+            "of its own. Use bigbird_plus.context_parallel(mesh) in its place, or share out whole documents: with DDP "
+            "or FSDP."
         )
 
 

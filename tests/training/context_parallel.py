@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import bigbird_plus
 from tests.peers import TASK_MODELS, make_model, random_ids, random_inputs
@@ -18,23 +21,25 @@ STEPS = 3
 
 
 def compare(model, inputs, group, autocast=False):
-    """The largest differences between what processes find together and one alone."""
+    """The largest differences between what processes find together and the first one alone; None on others."""
     lower = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with lower:
-        alone = answer(model, inputs)
-    objective(alone).backward()
-    expected = gradients(model)
-    model.zero_grad(set_to_none=True)
     with lower, bigbird_plus.context_parallel(group) as processes:
         shared = answer(model, inputs, processes)
     objective(shared).backward()
     average_gradients(model, processes)
     found = gradients(model)
-    scale = max(grad.abs().max() for grad in expected.values())
+    is_same = is_same_everywhere(objective(shared), group)
+    if dist.get_rank():
+        return None
+    model.zero_grad(set_to_none=True)
+    with lower:
+        alone = answer(model, inputs)
+    objective(alone).backward()
+    expected = gradients(model)
     return {
         "outputs": max(difference(shared[key], alone[key]) for key in alone),
-        "gradients": max(difference(found[name], grad) for name, grad in expected.items()) / float(scale),
-        "is_same_everywhere": is_same_everywhere(shared["loss"] if "loss" in shared else objective(shared), group),
+        "gradients": relative_difference(found, expected),
+        "is_same_everywhere": is_same,
     }
 
 
@@ -72,6 +77,11 @@ def difference(one, other):
     return float((one - other).detach().abs().max())
 
 
+def relative_difference(found, expected):
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    return max(difference(found[name], grad) for name, grad in expected.items()) / scale
+
+
 def is_same_everywhere(tensor, group):
     found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, tensor.detach(), group=group)
@@ -98,12 +108,62 @@ def compare_training(group, **settings):
     """The same of three optimizer steps."""
     name = "BigBirdForMaskedLM"
     inputs = labelled(name, mask=right_padding)
-    losses, weights = train(make(name, training=True, **settings), inputs)
     found_losses, found_weights = train(make(name, training=True, **settings), inputs, group)
+    if dist.get_rank():
+        return None
+    losses, weights = train(make(name, training=True, **settings), inputs)
     return {
         "losses": max(abs(one - other) for one, other in zip(losses, found_losses, strict=True)),
         "weights": max(difference(found_weights[key], weight) for key, weight in weights.items()),
     }
+
+
+def compare_with_data_parallelism(wrap):
+    """The same of gradients where two pairs of processes have a document each, in a model that `wrap` has prepared."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    name = "BigBirdForMaskedLM"
+    inputs = labelled(name)
+    rows = [{key: tensor[row : row + 1] for key, tensor in inputs.items()} for row in range(2)]
+    model = make(name, training=True)
+    wrapped = wrap(model)
+    with bigbird_plus.context_parallel(mesh["cp"]):
+        loss = wrapped(**rows[mesh.get_local_rank("dp")]).loss
+    loss.backward()
+    found = {key: grad.full_tensor() if isinstance(grad, DTensor) else grad for key, grad in gradients(model).items()}
+    alone = make(name, training=True)
+    (sum(alone(**row).loss for row in rows) / 2).backward()
+    return {"gradients": relative_difference(found, gradients(alone))}
+
+
+def fully_sharded(model):
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def compare_tensor_parallelism(name, folder, **settings):
+    """The same of a model that transformers has loaded in shares."""
+    made = make(name, **settings)
+    path = Path(folder, f"model{dist.get_rank()}")
+    made.save_pretrained(path)
+    model = type(made).from_pretrained(path, tp_plan="auto", dtype=torch.float64).train(made.training)
+    inputs = labelled(name, mask=right_padding)
+    shared, alone = (one(**inputs) for one in (model, made))
+    shared.loss.backward()
+    alone.loss.backward()
+    found = {key: grad.full_tensor() if isinstance(grad, DTensor) else grad for key, grad in gradients(model).items()}
+    return {
+        "heads": [layer.attention.self.heads for layer in model.bert.encoder.layer],
+        "outputs": max(difference(shared[key], alone[key]) for key in ("loss", "logits")),
+        "gradients": relative_difference(found, gradients(made)),
+        "in_inference": difference(*(without_gradients(one, inputs) for one in (model, made))),
+    }
+
+
+@torch.no_grad()
+def without_gradients(model, inputs):
+    return model.eval()(**inputs).logits
 
 
 def right_padding(batch, length):
@@ -173,12 +233,19 @@ DECODERS = {
     "decoder without random blocks": ({"is_decoder": True, "num_random_blocks": 0}, {}),
 }
 MODELS = {**ENCODERS, **DECODERS}
+SHARED_BY_FOUR = ("training", "right padding", "very short", "extra and chosen tokens", "decoder, padded")
 
 
-def findings(group):
-    """All that is found, by name."""
+def findings(group, folder):
+    """All that is found, by name. Four processes, which take longer, look at less."""
+    is_many = dist.get_world_size(group) > 2
     for name, (settings, inputs) in MODELS.items():
-        yield name, compare(make(**settings), plain(**inputs), group)
+        if not is_many or name in SHARED_BY_FOUR:
+            yield name, compare(make(**settings), plain(**inputs), group)
+    if is_many:
+        yield "DDP", compare_with_data_parallelism(DistributedDataParallel)
+        yield "FSDP2", compare_with_data_parallelism(fully_sharded)
+        return
     for name in TASK_MODELS:
         how = {"is_decoder": name == "BigBirdForCausalLM", "training": True}
         inputs = labelled(name, None if name == "BigBirdForMultipleChoice" else right_padding)
@@ -187,6 +254,8 @@ def findings(group):
     yield "sparse prediction", compare(sparse, labelled("BigBirdForMaskedLM"), group)
     yield "autocast", compare(make(training=True, dtype=torch.float32), plain(), group, autocast=True)
     yield "steps", compare_training(group)
+    yield "tensor parallelism", compare_tensor_parallelism("BigBirdForMaskedLM", folder, training=True)
+    yield "tensor parallelism of a decoder", compare_tensor_parallelism("BigBirdForCausalLM", folder, is_decoder=True)
     yield "steps in float32", compare_training(group, dtype=torch.float32)
 
 
@@ -206,7 +275,7 @@ def run(rank, size, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    found = dict(findings(dist.group.WORLD))
+    found = dict(findings(dist.group.WORLD, folder))
     dist.barrier()
     found["error where another ended"] = survives(dist.group.WORLD)
     if rank == 0:

@@ -27,24 +27,38 @@ def found(tmp_path_factory):
 EXACT = [*context_parallel.MODELS, *TASK_MODELS, "sparse prediction"]
 
 
-@pytest.mark.parametrize("size", [2, 4])
 class TestProcesses:
-    @pytest.mark.parametrize("name", EXACT)
-    def test_outputs_and_gradients_are_those_of_one(self, name, size, found):
+    @pytest.mark.parametrize(
+        ("size", "name"), [(2, name) for name in EXACT] + [(4, name) for name in context_parallel.SHARED_BY_FOUR]
+    )
+    def test_outputs_and_gradients_are_those_of_one(self, size, name, found):
         case, tolerance = found[size][name], 1e-5 if name == "float32" else 1e-12
         assert case["outputs"] < tolerance
         assert case["gradients"] < tolerance
         assert case["is_same_everywhere"]
 
-    def test_autocast_is_as_near_as_bfloat16_allows(self, size, found):
-        assert found[size]["autocast"]["outputs"] < 0.1
-        assert found[size]["autocast"]["gradients"] < 0.05
+    def test_autocast_is_as_near_as_bfloat16_allows(self, found):
+        assert found[2]["autocast"]["outputs"] < 0.1
+        assert found[2]["autocast"]["gradients"] < 0.05
 
     @pytest.mark.parametrize(("name", "tolerance"), [("steps", 1e-12), ("steps in float32", 1e-5)])
-    def test_steps_of_training_are_those_of_one(self, name, tolerance, size, found):
-        assert found[size][name]["losses"] < tolerance
-        assert found[size][name]["weights"] < tolerance
+    def test_steps_of_training_are_those_of_one(self, name, tolerance, found):
+        assert found[2][name]["losses"] < tolerance
+        assert found[2][name]["weights"] < tolerance
 
+    @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+    def test_with_data_parallelism_gradients_are_those_of_one(self, name, found):
+        assert found[4][name]["gradients"] < 1e-12
+
+    @pytest.mark.parametrize("name", ["tensor parallelism", "tensor parallelism of a decoder"])
+    def test_shares_of_the_heads_make_the_same_model(self, name, found):
+        case = found[2][name]
+        assert case["heads"] == [[0, 1]] * 2
+        assert case["outputs"] < 1e-6 if "decoder" in name else 1e-12  # its loss is computed in float32
+        assert case["gradients"] < 1e-6 if "decoder" in name else 1e-12
+        assert case["in_inference"] < 1e-12
+
+    @pytest.mark.parametrize("size", [2, 4])
     def test_one_that_ends_ends_the_others(self, size, found):
         assert found[size]["error where another ended"]
 
