@@ -32,6 +32,7 @@ FLAGS = (
     "different_layout_per_head",
     "global_question_tokens",
     "pattern_per_document",
+    "tiled_positions",
     "computes_padding",
     "sparse_prediction",
     "is_decoder",
@@ -98,6 +99,8 @@ class BigBirdConfig(PretrainedConfig):
         random_plan_positions (`int`, *optional*): length, in tokens, for which random blocks are drawn; `None` means
             `max_position_embeddings`. `resize_position_embeddings` keeps it, so that a model with more positions reads
             the same random blocks as before.
+        tiled_positions (`bool`, defaults to `False`): whether positions from `max_position_embeddings` on get the
+            embeddings again from the beginning, so that inputs may be of any length. By default they are an error.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
         add_cross_attention (`bool`, defaults to `False`): whether the layers also read an encoder's states.
         tie_word_embeddings (`bool`, defaults to `True`): whether the language modelling head shares the embeddings.
@@ -155,6 +158,7 @@ class BigBirdConfig(PretrainedConfig):
         computes_padding=False,
         sparse_prediction=False,
         random_plan_positions=None,
+        tiled_positions=False,
         is_decoder=False,
         add_cross_attention=False,
         tie_word_embeddings=True,
@@ -191,6 +195,7 @@ class BigBirdConfig(PretrainedConfig):
         self.computes_padding = computes_padding
         self.sparse_prediction = sparse_prediction
         self.random_plan_positions = random_plan_positions
+        self.tiled_positions = tiled_positions
         # Newer transformers do not declare these three in the base class, and read them all the same.
         self.is_decoder = is_decoder
         self.add_cross_attention = add_cross_attention

@@ -122,6 +122,7 @@ class BigBirdEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.hidden_size = config.hidden_size
         self.rescale_embeddings = config.rescale_embeddings
+        self.tiled_positions = config.tiled_positions
         self.num_extra_global_tokens = config.num_extra_global_tokens
         if config.num_extra_global_tokens:
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, config.hidden_size)
@@ -164,6 +165,8 @@ class BigBirdEmbeddings(nn.Module):
         return in_pieces(self._embed, *tensors, width=self.hidden_size, modules=self.children())
 
     def _embed(self, inputs, token_type_ids, position_ids):
+        if self.tiled_positions:
+            position_ids = position_ids % self.position_embeddings.num_embeddings
         words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
         if self.rescale_embeddings:
             words = words * self.hidden_size**0.5
@@ -857,8 +860,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
             attention_mask: 1 where a token is real, 0 where it is padding, `[batch, length]`. With full attention
                 also `[batch, queries, keys]` and `[batch, 1 or heads, queries, keys]`, see `masks.expand_mask`.
             token_type_ids: `int64`, `[batch, length]`, below `config.type_vocab_size`; zeros by default.
-            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings`; counted from the first
-                place of the tensor by default, padding included.
+            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings`, unless
+                `config.tiled_positions` is set; counted from the first place of the tensor by default, padding
+                included.
             head_mask: `[heads]` or `[layers, heads]`: what the output of each attention head is multiplied by.
             inputs_embeds: `[batch, length, hidden_size]`, in the place of `input_ids`.
             encoder_hidden_states: `[batch, source length, hidden_size]`, for a decoder with cross-attention.

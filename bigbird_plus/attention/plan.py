@@ -333,11 +333,11 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
         needed = past + length if isinstance(past, int) else 0
     else:
         needed = int(tokens.position_ids.max()) + 1 if may_read_values(tokens.position_ids) else 0
-    if needed > most:
+    if needed > most and not config.tiled_positions:
         what = "The input has {} tokens" if tokens.position_ids is None else "position_ids ask for {} positions"
         raise ValueError(
             f"{what.format(needed)}, but max_position_embeddings is {most}. Cut the input (truncation=True in the "
-            "tokenizer), or use a model with more positions."
+            "tokenizer), use a model with more positions, or set config.tiled_positions."
         )
 
 
@@ -522,7 +522,8 @@ def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor
     first = torch.zeros(tokens.batch, 1, dtype=torch.int64)
     for span in spans:
         first[span.row] = span.first
-    return (positions - first.to(tokens.device)).clamp(0, config.max_position_embeddings - 1)  # padding gets any
+    positions = (positions - first.to(tokens.device)).clamp(0)
+    return positions if config.tiled_positions else positions.clamp(max=config.max_position_embeddings - 1)  # padding
 
 
 def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chosen, choice) -> FullPart | SparsePart:

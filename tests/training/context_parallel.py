@@ -145,8 +145,10 @@ def fully_sharded(model):
 def compare_tensor_parallelism(name, folder, **settings):
     """The same of a model that transformers has loaded in shares."""
     made = make(name, **settings)
-    path = Path(folder, f"model{dist.get_rank()}")
-    made.save_pretrained(path)
+    path = Path(folder, name)
+    if dist.get_rank() == 0:
+        made.save_pretrained(path)
+    dist.barrier()
     model = type(made).from_pretrained(path, tp_plan="auto", dtype=torch.float64).train(made.training)
     inputs = labelled(name, mask=right_padding)
     shared, alone = (one(**inputs) for one in (model, made))

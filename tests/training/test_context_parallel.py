@@ -54,8 +54,8 @@ class TestProcesses:
     def test_shares_of_the_heads_make_the_same_model(self, name, found):
         case = found[2][name]
         assert case["heads"] == [[0, 1]] * 2
-        assert case["outputs"] < 1e-6 if "decoder" in name else 1e-12  # its loss is computed in float32
-        assert case["gradients"] < 1e-6 if "decoder" in name else 1e-12
+        assert case["outputs"] < 1e-12
+        assert case["gradients"] < 1e-12
         assert case["in_inference"] < 1e-12
 
     @pytest.mark.parametrize("size", [2, 4])
