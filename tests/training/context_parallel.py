@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import bigbird_plus
 from tests.peers import TASK_MODELS, make_model, random_ids, random_inputs
 
+# In version 4.56 of transformers, split layers with a bias fail where gradients are wanted.
+TRAINS_TENSOR_PARALLELISM = find_spec("transformers.distributed.tensor_parallel") is not None
 LENGTH = 203  # 26 blocks, the last one not full
 STEPS = 3
 
@@ -149,17 +152,21 @@ def compare_tensor_parallelism(name, folder, **settings):
     if dist.get_rank() == 0:
         made.save_pretrained(path)
     dist.barrier()
-    model = type(made).from_pretrained(path, tp_plan="auto", dtype=torch.float64).train(made.training)
+    model = type(made).from_pretrained(path, tp_plan="auto", dtype=torch.float64)
     inputs = labelled(name, mask=right_padding)
-    shared, alone = (one(**inputs) for one in (model, made))
+    inference = {
+        "heads": [layer.attention.self.heads for layer in model.bert.encoder.layer],
+        "in_inference": difference(*(without_gradients(one, inputs) for one in (model, made))),
+    }
+    if not TRAINS_TENSOR_PARALLELISM:
+        return inference
+    shared, alone = (one.train("training" in settings)(**inputs) for one in (model, made))
     shared.loss.backward()
     alone.loss.backward()
     found = {key: grad.full_tensor() if isinstance(grad, DTensor) else grad for key, grad in gradients(model).items()}
-    return {
-        "heads": [layer.attention.self.heads for layer in model.bert.encoder.layer],
+    return inference | {
         "outputs": max(difference(shared[key], alone[key]) for key in ("loss", "logits")),
         "gradients": relative_difference(found, gradients(made)),
-        "in_inference": difference(*(without_gradients(one, inputs) for one in (model, made))),
     }
 
 
@@ -274,6 +281,7 @@ def survives(group):
 
 
 def run(rank, size, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # transformers looks for them
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))

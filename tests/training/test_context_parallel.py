@@ -54,9 +54,10 @@ class TestProcesses:
     def test_shares_of_the_heads_make_the_same_model(self, name, found):
         case = found[2][name]
         assert case["heads"] == [[0, 1]] * 2
-        assert case["outputs"] < 1e-12
-        assert case["gradients"] < 1e-12
         assert case["in_inference"] < 1e-12
+        if context_parallel.TRAINS_TENSOR_PARALLELISM:
+            assert case["outputs"] < 1e-12
+            assert case["gradients"] < 1e-12
 
     @pytest.mark.parametrize("size", [2, 4])
     def test_one_that_ends_ends_the_others(self, size, found):
