@@ -20,6 +20,7 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
+from .parallel import context_parallel
 from .pipelines import ExtractiveQuestionAnsweringPipeline
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
@@ -45,6 +46,7 @@ __all__ = [
     "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
     "block_sparse_attention",
+    "context_parallel",
     "convert_checkpoint",
     "demo_checkpoint",
     "plot_attention",

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from . import bench as benchmarks
+from . import bench_context_parallel
 from .attention.pattern import Sparsity
 from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
@@ -205,6 +206,9 @@ def bench(
     batch: Annotated[int, typer.Option(help="Inputs in a batch.")] = 1,
     repeats: Annotated[int, typer.Option(help="Turns, whose median counts.")] = 5,
     others: Annotated[bool, typer.Option("--others", help="Also Longformer, ModernBERT and BERT.")] = False,
+    context_parallel: Annotated[
+        int | None, typer.Option(help="Instead: what so many processes send as they share a document.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture to write: time and memory against length.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="A file to write: all figures.")] = None,
 ) -> None:
@@ -213,13 +217,19 @@ def bench(
     settings = benchmarks.Settings(numbers, dtype, train, device, layers, batch, repeats, others)
     for file in filter(None, (plot, json_file)):
         _check_folder(file)
+    if plot is not None and context_parallel is not None:
+        raise ValueError("--plot does not draw what --context-parallel measures. Leave one of them out.")
     if plot is not None:
         benchmarks.import_figure()  # an error now, not after the measurements
-    report = benchmarks.benchmark(settings)
     console = Console()
-    console.print(benchmarks.as_table(report))
-    for line in benchmarks.notes(report):
-        console.print(Text(line))
+    if context_parallel is not None:
+        report = bench_context_parallel.measure(settings, context_parallel)
+        console.print(bench_context_parallel.as_table(report))
+    else:
+        report = benchmarks.benchmark(settings)
+        console.print(benchmarks.as_table(report))
+        for line in benchmarks.notes(report):
+            console.print(Text(line))
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
