@@ -9,6 +9,12 @@ from .conversion import convert_checkpoint
 from .demo import demo_checkpoint
 from .heatmap import plot_attention
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
+from .modeling_bigbird_pegasus import (
+    BigBirdPegasusForConditionalGeneration,
+    BigBirdPegasusForQuestionAnswering,
+    BigBirdPegasusForSequenceClassification,
+    BigBirdPegasusModel,
+)
 from .modeling_heads import (
     BigBirdForCausalLM,
     BigBirdForMaskedLM,
@@ -20,7 +26,7 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
-from .pipelines import ExtractiveQuestionAnsweringPipeline
+from .pipelines import ExtractiveQuestionAnsweringPipeline, SummarizationPipeline
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -38,12 +44,17 @@ __all__ = [
     "BigBirdForSequenceClassification",
     "BigBirdForTokenClassification",
     "BigBirdModel",
+    "BigBirdPegasusForConditionalGeneration",
+    "BigBirdPegasusForQuestionAnswering",
+    "BigBirdPegasusForSequenceClassification",
+    "BigBirdPegasusModel",
     "BigBirdPreTrainedModel",
     "BigBirdTokenizer",
     "BigBirdTokenizerFast",
     "BlockPattern",
     "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
+    "SummarizationPipeline",
     "block_sparse_attention",
     "convert_checkpoint",
     "demo_checkpoint",

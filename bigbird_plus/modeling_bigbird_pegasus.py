@@ -1,7 +1,8 @@
 """BigBird-Pegasus, which summarises long documents: an encoder on our attention, transformers' own decoder and heads.
 
-Checkpoints, configuration and tokenizer are those of transformers. The encoder reads as transformers' does, but a short
-input changes nothing for later ones, memory grows linearly, and no forward pass draws from NumPy's global generator.
+Checkpoints, configuration and tokenizer are those of transformers. The encoder reads as transformers' does, but a
+short input changes nothing for later ones, memory grows linearly, and no forward pass draws from NumPy's global
+generator.
 """
 
 import math
@@ -80,8 +81,8 @@ class EncoderSettings(SimpleNamespace):
 
     @property
     def _attn_implementation(self) -> str:
-        """That of the model, which can be changed at any time. The default, `"eager"`, is for the decoder's sake, which
-        tells its probabilities by no other; the encoder tells them by all, and gets the same from faster ones."""
+        """That of the model, which can be changed at any time. The default, `"eager"`, is for the decoder's sake,
+        which tells its probabilities by no other; the encoder tells them by all, and gets the same faster."""
         name = self.of_model._attn_implementation
         return "sdpa" if name == "eager" else name
 
@@ -136,7 +137,9 @@ class BigBirdPegasusEncoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self._drop(states)
         modules = (self.fc1, self.fc2, self.final_layer_norm)
-        return in_pieces(self._feed_forward, hidden_states, width=self.intermediate_size, modules=modules), probabilities
+        return in_pieces(
+            self._feed_forward, hidden_states, width=self.intermediate_size, modules=modules
+        ), probabilities
 
     def _feed_forward(self, hidden_states):
         states = linear(self.fc1, self.final_layer_norm(hidden_states), self.activation_fn)
