@@ -6,6 +6,7 @@ from .attention.pattern import BlockPattern, Sparsity
 from .auto import register, replace_builtin, unregister
 from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
+from .data_collator import DataCollatorForDocuments
 from .demo import demo_checkpoint
 from .heatmap import plot_attention
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
@@ -52,6 +53,7 @@ __all__ = [
     "BigBirdTokenizer",
     "BigBirdTokenizerFast",
     "BlockPattern",
+    "DataCollatorForDocuments",
     "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
     "SummarizationPipeline",
