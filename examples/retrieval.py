@@ -2,9 +2,9 @@
 
     python examples/retrieval.py --output-dir embedder
 
-makes its own documents of 4,096 tokens: verses, and between them, again and again, who reigned where for how long. A
-query is of one of them. The small checkpoint that comes with bigbird_plus learns to find it in a minute or so on a CPU.
-With data of your own:
+makes its own documents of 4,096 tokens, each of some verses that come again and again, and queries, words of one of
+these verses. The small checkpoint that comes with bigbird_plus trains on them for a minute or so on a CPU. With data of
+your own:
 
     python examples/retrieval.py --train-data train.jsonl --eval-data dev.jsonl --output-dir embedder \
         --model google/bigbird-roberta-base --max-length 16384 --pooling cls --steps 2000 --learning-rate 2e-5
@@ -16,7 +16,6 @@ The data are JSON lines: `{"query": "...", "document": "..."}`. An embedding is 
 import argparse
 import random
 import re
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -26,10 +25,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import set_seed
 
 import bigbird_plus
-
-KINGS = ["Abner", "Ahab", "Asa", "David", "Hiram", "Josiah", "Omri", "Saul"]
-LANDS = ["Babylon", "Edom", "Egypt", "Gilead", "Judah", "Moab", "Syria", "Tyre"]
-YEARS = ["two", "three", "five", "seven", "ten", "twelve", "twenty", "forty"]
 
 
 def parse_args(argv=None):
@@ -50,16 +45,15 @@ def parse_args(argv=None):
 
 
 def make_data(count, length, seed):
-    """Documents of some `length` tokens, each with a query that only it answers."""
+    """Documents of some `length` tokens, each with a query."""
     draw = random.Random(seed)
-    text = Path(bigbird_plus.demo_checkpoint(), "excerpt.txt").read_text(encoding="utf-8")
-    verses = re.findall(r"[^.]+\.", " ".join(text.split()))
-    for number in draw.sample(range(512), count):
-        fact = f"{KINGS[number // 64]} reigned over {LANDS[number // 8 % 8]} {YEARS[number % 8]} years."
-        document = ""
-        while len(document) < 4 * length:  # characters
-            document += f"{draw.choice(verses)} And {fact}"
-        yield {"query": f"Who {fact.partition(' ')[2]}", "document": document}
+    verses = [verse for verse in re.split(r"(?<=[.;:?]) ", bigbird_plus.demo.document()) if len(verse) > 40]
+    for _ in range(count):
+        own = draw.sample(verses, 4)
+        words = draw.choice(own).split()
+        query = " ".join(word for word in words if draw.random() < 0.7)
+        document = " ".join(draw.choices(own, k=length // 20))  # a verse has some twenty tokens
+        yield {"query": query, "document": document}
 
 
 def read_data(args):
@@ -91,15 +85,12 @@ def read_model(args):
 
 def train(model, pairs, args):
     """Pulls each query to its document, and away from the others of the batch."""
-    trainer_class, arguments_class, loss_class = (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-        MultipleNegativesRankingLoss,
-    )
+    trainer_class, arguments_class = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    loss = MultipleNegativesRankingLoss
     if args.pooling == "tokens":
         from sentence_transformers.multi_vector_encoder import MultiVectorEncoderTrainer as trainer_class
         from sentence_transformers.multi_vector_encoder import MultiVectorEncoderTrainingArguments as arguments_class
-        from sentence_transformers.multi_vector_encoder.losses import MultipleNegativesRankingLoss as loss_class
+        from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss as loss
     arguments = arguments_class(
         args.output_dir,
         max_steps=args.steps,
@@ -112,15 +103,12 @@ def train(model, pairs, args):
         save_strategy="no",
         report_to=[],
     )
-    trainer_class(model, arguments, train_dataset=pairs, loss=loss_class(model)).train()
+    trainer_class(model, arguments, train_dataset=pairs, loss=loss(model)).train()
 
 
-@torch.no_grad()
 def accuracy(model, pairs):
     """The share of queries that find their document first."""
-    queries, documents = (encode(list(pairs[name])) for encode, name in (
-        (model.encode_query, "query"), (model.encode_document, "document")
-    ))  # fmt: skip
+    queries, documents = model.encode_query(list(pairs["query"])), model.encode_document(list(pairs["document"]))
     best = model.similarity(queries, documents).argmax(-1).cpu()
     return float((best == torch.arange(len(pairs))).float().mean())
 
