@@ -83,7 +83,7 @@ _MISSING = object()
 _replaced: list[tuple[dict, Any, Any]] = []  # table, key, what was there (_MISSING: nothing)
 
 
-def auto_classes(models: dict[str, type] = AUTO_MODELS) -> dict[type, type]:
+def auto_classes(models: dict[str, type] = AUTO_MODELS) -> dict[Any, type]:
     """Auto class to model class, for the Auto classes that the installed transformers has."""
     return {getattr(transformers, name): model for name, model in models.items() if hasattr(transformers, name)}
 
@@ -237,7 +237,7 @@ def register_pipelines() -> None:
 def _register_pipeline(task: str, pipeline_class: type, auto_class: type) -> None:
     PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline_class, pt_model=auto_class, type="text")
     # Where transformers finds this, it saves a copy of the class's source with each model, and asks to trust it.
-    del pipeline_class._registered_impl
+    del pipeline_class._registered_impl  # type: ignore[attr-defined]  # register_pipeline sets it
 
 
 class _HiddenNames(tuple):
@@ -256,5 +256,5 @@ def prefer_registered_tokenizers() -> None:
     """
     found = tokenization_auto.tokenizer_class_from_name(BigBirdTokenizer.__name__)
     if found not in (BigBirdTokenizer, BigBirdTokenizerFast):
-        names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+        names: dict[str, Any] = tokenization_auto.TOKENIZER_MAPPING_NAMES
         names[BigBirdConfig.model_type] = _HiddenNames(names[BigBirdConfig.model_type])

@@ -77,7 +77,7 @@ class EncoderSettings(SimpleNamespace):
             num_random_blocks=config.num_random_blocks,
             **own_fields,
         )
-        return cls(of_model=config, **vars(checked))
+        return cls(of_model=config, longest_input=checked.longest_input, **vars(checked))
 
     @property
     def _attn_implementation(self) -> str:

@@ -1,7 +1,10 @@
 """Question answering and summarization of long documents, as pipelines of transformers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 from transformers.pipelines.base import ChunkPipeline, Pipeline
 from transformers.utils import logging
 
@@ -25,10 +28,12 @@ class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
     as `max_question_len` says. Answers begin and end with no white space.
     """
 
-    _load_tokenizer = True
-    _load_processor = False
-    _load_feature_extractor = False
-    _load_image_processor = False
+    # `Pipeline` declares these for itself: None, and tokenizers of the slow kind.
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    tokenizer: PreTrainedTokenizerFast  # type: ignore[assignment]
 
     def __call__(self, *args, question=None, context=None, **parameters):
         """Answers questions.
@@ -243,6 +248,7 @@ def _examples(args, question, context):
 
 def _question_and_context(example) -> tuple[str, str]:
     """The two texts of an example."""
+    texts: dict[str, Any]
     if isinstance(example, dict):
         texts = {name: example.get(name) for name in ("question", "context")}
     else:
