@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     pipeline,
 )
@@ -31,6 +32,7 @@ from .demo import attention_in_use, demo_checkpoint, document, mask_words
 from .environment import describe_environment
 from .heatmap import check_index, layer_attention
 from .heatmap import plot_attention as draw_attention
+from .pipelines import SummarizationPipeline
 
 app = typer.Typer(help="BigBird for transformers: long documents in linear time.", add_completion=False)
 
@@ -272,6 +274,24 @@ def qa(
         place = f"{best['start']} to {best['end']}"
         table.add_row(Text(best["answer"] or "(no answer)"), place, f"{best['score']:.2g}")
     Console().print(table)
+
+
+@app.command()
+def summarize(
+    document: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="A text file; - is standard input.")],
+    model: ModelOption,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest summary, in tokens.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search for the best summary.")] = None,
+) -> None:
+    """Write a summary of a long document. By default as long, and found, as the model's generation config says."""
+    text, tokenizer = _read_text(document), _load(AutoTokenizer, model)
+    summary = SummarizationPipeline(_load_model(AutoModelForSeq2SeqLM, model, tokenizer), tokenizer)
+    excess = summary.excess(text)
+    if excess:
+        _tell("Note:", f"the model does not read the last {excess:,} tokens of the document")
+    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    found = summary(text, truncation=True, **{name: value for name, value in options.items() if value is not None})
+    print(found[0]["summary_text"])
 
 
 @app.command()
