@@ -125,8 +125,9 @@ def benchmark(settings: Settings) -> dict:
         `seconds_of_repeats` (of a layer, too), `peak_bytes`, and of both the ratio to bigbird_plus at this length
         (`time_ratio`, `memory_ratio`) and the growth from the first length, as a multiple of linear growth
         (`time_growth`, `memory_growth`); `tokens_per_second` of a whole model of the base size, reckoned from a
-        layer. `matrix_products`, for each length: `seconds` of a layer's matrix products by torch's default path and by oneDNN's, and `ratio`, our time of a layer to the faster of them. None stands
-        for what could not be measured; `fits` is false where that is for want of memory.
+        layer. `matrix_products`, for each length: `seconds` of a layer's matrix products by torch's default path and
+        by oneDNN's, and `ratio`, our time of a layer to the faster of them. None stands for what could not be
+        measured; `fits` is false where that is for want of memory.
     """
     steps = len(settings.contestants) * len(settings.lengths)
     paths = product_paths(settings)
