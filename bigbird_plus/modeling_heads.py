@@ -108,6 +108,28 @@ ONE_DOCUMENT = (
 )
 
 
+class _TaskModel(BigBirdPreTrainedModel):
+    """What all models with a head share: how they call `BigBirdModel`, and how they answer."""
+
+    def _read(self, inputs: tuple, asked: tuple, **kwargs):
+        """What `BigBirdModel` makes of its first six arguments, `inputs`; `asked` are `output_attentions`,
+        `output_hidden_states` and `global_attention_mask`."""
+        output_attentions, output_hidden_states, global_attention_mask = asked
+        return self.bert(
+            *inputs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            global_attention_mask=global_attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+
+    def _answer(self, output_class, outputs, return_dict, **fields):
+        """`fields`, and the hidden states and probabilities of the model, as the caller wants them."""
+        output = output_class(hidden_states=outputs.hidden_states, attentions=outputs.attentions, **fields)
+        return as_requested(output, return_dict, self.config)
+
+
 def classifier_dropout(config) -> nn.Dropout:
     """The dropout of classification heads."""
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
@@ -171,7 +193,7 @@ class BigBirdPreTrainingHeads(nn.Module):
         return self.predictions(sequence_output), self.seq_relationship(pooled_output)
 
 
-class _LanguageModel(BigBirdPreTrainedModel):
+class _LanguageModel(_TaskModel):
     """What the models with a vocabulary projection share: tied weights, and one bias under two names."""
 
     _tied_weights_keys = {
@@ -219,7 +241,7 @@ class _LanguageModel(BigBirdPreTrainedModel):
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
-def refuse_decoder(model: BigBirdPreTrainedModel) -> None:
+def refuse_decoder(model: _TaskModel) -> None:
     """Raises a `ValueError` if a model that tells something of a document from its first token is a decoder, in which
     the first token reads nothing but itself."""
     if model.config.is_decoder:
@@ -490,7 +512,7 @@ class BigBirdClassificationHead(nn.Module):
         return self.out_proj(self.dropout(self.activation(self.dense(states))))
 
 
-class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
+class BigBirdForSequenceClassification(_TaskModel):
     """Classes of, or with one label a number for, a whole input."""
 
     def __init__(self, config):
@@ -575,7 +597,7 @@ class BigBirdForSequenceClassification(BigBirdPreTrainedModel):
         return cross_entropy(logits, labels)
 
 
-class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
+class BigBirdForMultipleChoice(_TaskModel):
     """Which of several inputs is the right one."""
 
     def __init__(self, config):
@@ -610,18 +632,9 @@ class BigBirdForMultipleChoice(BigBirdPreTrainedModel):
         num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if position_ids is not None and holds_documents(_without_choices(position_ids), None):
             raise ValueError(ONE_DOCUMENT)
-        outputs = self.bert(
-            _without_choices(input_ids),
-            attention_mask=_without_choices(attention_mask),
-            token_type_ids=_without_choices(token_type_ids),
-            position_ids=_without_choices(position_ids),
-            head_mask=head_mask,
-            inputs_embeds=_without_choices(inputs_embeds),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=_without_choices(global_attention_mask),
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
+        inputs = (*map(_without_choices, inputs), head_mask, _without_choices(inputs_embeds))
+        outputs = self._read(inputs, (output_attentions, output_hidden_states, _without_choices(global_attention_mask)))
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
         output = MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
@@ -637,7 +650,7 @@ def _without_choices(tensor):
     return None if tensor is None else tensor.flatten(0, 1)
 
 
-class BigBirdForTokenClassification(BigBirdPreTrainedModel):
+class BigBirdForTokenClassification(_TaskModel):
     """Classes of each token."""
 
     def __init__(self, config):
@@ -720,7 +733,7 @@ class BigBirdForQuestionAnsweringHead(nn.Module):
         return self.qa_outputs(self.output(states, encoder_output))
 
 
-class BigBirdForQuestionAnswering(BigBirdPreTrainedModel):
+class BigBirdForQuestionAnswering(_TaskModel):
     """Where in the second part of an input the answer to the first part stands.
 
     Args:

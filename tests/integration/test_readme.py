@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,12 @@ def write_bert(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(checkpoint, add_to_hub_cache, tmp_path_factory):
-    """The names that the pages load from."""
+    """The names that the pages load from: BigBirds of one narrow layer, for inputs as long as the public ones'."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("hub") / "bigbird")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    bigbird_plus.BigBirdForMaskedLM(bigbird_plus.BigBirdConfig(**sizes)).save_pretrained(folder)
     for name in ("google/bigbird-roberta-base", "google/bigbird-base-trivia-itc"):
-        add_to_hub_cache(name, checkpoint)
+        add_to_hub_cache(name, folder)
     add_to_hub_cache("google-bert/bert-base-uncased", write_bert(tmp_path_factory.mktemp("bert")))
 
 
@@ -95,7 +99,11 @@ def test_commands_take_the_arguments_that_are_shown(words):
 def test_scripts_exist():
     """And the files and markers of tests that commands name."""
     named = {word for words in shell_commands() for word in words if re.match(r"(examples|tests)/", word)}
-    named |= {word for page in PAGES for word in re.findall(r"`(?:\S+ )*((?:examples|tests|\.ci)/[\w/.]+)`", page.read_text())}
+    named |= {
+        word
+        for page in PAGES
+        for word in re.findall(r"`(?:\S+ )*((?:examples|tests|\.ci)/[\w/.]+)`", page.read_text())
+    }
     assert named
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
