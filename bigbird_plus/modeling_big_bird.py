@@ -24,7 +24,7 @@ from .attention.documents import (
 )
 from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.parts import FullPart, Tokens
-from .attention.pattern import check_whole_number
+from .attention.pattern import Sparsity, check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, in_pieces, is_watched, linear
@@ -863,44 +863,33 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 positions, or if a mask does not fit the input or the model; within torch's `context_parallel`; and
                 while `torch.onnx.export(..., dynamo=False)` traces a model that can read sparsely.
         """
-        refuse_context_parallel()
-        self._refuse_onnx_tracer()
-        config = self.config
-        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, config.hidden_size)
-        if input_ids is not None and may_read_values(input_ids) and not config.is_decoder:
-            # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self._check(input_ids, inputs_embeds, token_type_ids, position_ids, attention_mask)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = document_positions(position_ids, attention_mask, inputs.shape[:2], kwargs)
-        past_key_values = the_cache(past_key_values, cache)
-        has_documents = past_key_values is None and holds_documents(position_ids, attention_mask)
-        wants_tuple_cache = isinstance(past_key_values, (tuple, list))
-        past_key_values = self._prepare_cache(past_key_values, use_cache, has_documents)
-        tokens = self._tokens(inputs, position_ids, past_key_values, cache_position)._replace(
+        given_cache = the_cache(past_key_values, cache)
+        has_documents = given_cache is None and holds_documents(position_ids, attention_mask)
+        cache = self._prepare_cache(given_cache, use_cache, has_documents)
+        tokens = self._tokens(inputs, position_ids, cache, cache_position)._replace(
             attention_mask=attention_mask,
             global_attention_mask=global_attention_mask,
             has_documents=has_documents,
         )
-        computes_padding = computes_padding or config.computes_padding
-        keeps = "all" if computes_padding else "first" if self._uses_pooler() else "real"
-        plan = make_plan(config, self.attention_type, tokens, keeps=keeps)
+        plan = make_plan(self.config, self.attention_type, tokens, keeps=self._keeps(computes_padding))
 
-        embeddings = self.embeddings(input_ids, token_type_ids, plan.positions, inputs_embeds)
-        hidden_states = self.embeddings.append_extra_tokens(plan.enter(embeddings), plan.num_documents)
-        asks_for_more = output_attentions or output_hidden_states or head_mask is not None
+        embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds)
+        hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
+        asked = self._asked(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        asks_for_more = any(asked.values()) or head_mask is not None
         outputs = self.encoder(
             hidden_states,
             plan,
             self._head_masks(head_mask),
             encoder_hidden_states,
             self._encoder_plan(encoder_attention_mask, encoder_hidden_states, tokens),
-            past_key_values,
+            cache,
             cache_position=tokens.places,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             streams=not asks_for_more and self._streams(hidden_states, plan),
+            **asked,
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
@@ -908,9 +897,38 @@ class BigBirdModel(BigBirdPreTrainedModel):
             ),
             **outputs,
         )
-        if wants_tuple_cache:
-            output[CACHE] = tuples_of_cache(past_key_values)
-        return as_requested(output, return_dict, config)
+        if isinstance(given_cache, (tuple, list)):
+            output[CACHE] = tuples_of_cache(cache)
+        return as_requested(output, return_dict, self.config)
+
+    def _check(self, input_ids, inputs_embeds, token_type_ids, position_ids, attention_mask):
+        refuse_context_parallel()
+        self._refuse_onnx_tracer()
+        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.config.hidden_size)
+        if input_ids is not None and may_read_values(input_ids) and not self.config.is_decoder:
+            # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+
+    def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
+        """What enters the layers. Of a packed batch only what is packed is embedded, unless somebody watches: hooks
+        are shown the batch."""
+        given = (input_ids, token_type_ids, plan.positions, inputs_embeds)
+        if plan.packing is None or type(self.embeddings) is not BigBirdEmbeddings or is_watched(self.embeddings):
+            return plan.enter(self.embeddings(*given))
+        packed = (
+            None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
+        )
+        return self.embeddings(*packed)
+
+    def _asked(self, **asked: bool | None) -> dict[str, bool]:
+        """What is asked for, by the caller or else by the configuration."""
+        return {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+
+    def _keeps(self, computes_padding) -> str:
+        """Whose states are wanted, see `make_plan`."""
+        if computes_padding or self.config.computes_padding:
+            return "all"
+        return "first" if self._uses_pooler() else "real"
 
     def _tokens(self, inputs, position_ids, cache, cache_position) -> Tokens:
         """What the plan is made of, without masks; `inputs` are ids or embeddings."""
@@ -938,7 +956,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""
         is_traced = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
-        if is_traced and is_sparse(self.config, self.attention_type, self.config.max_position_embeddings):
+        sparsity, longest = Sparsity.from_config(self.config), self.config.max_position_embeddings
+        if is_traced and is_sparse(sparsity, self.attention_type, longest):
             raise ValueError(
                 "torch.onnx.export(..., dynamo=False) cannot express block-sparse attention. Use dynamo=True, or call "
                 "set_attention_type('original_full') on the model before."

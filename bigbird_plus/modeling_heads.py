@@ -286,19 +286,10 @@ class BigBirdForPreTraining(_LanguageModel):
             next_sentence_label: `int64`, `[batch]`: 0 if the second part follows the first, 1 if not. Its loss is
                 added where `labels` are given, too. Where rows hold several documents, there is one for each.
         """
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=global_attention_mask,
-            computes_padding=counts_padding(labels, attention_mask, self.config),
-            **kwargs,
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        asked = (output_attentions, output_hidden_states, global_attention_mask)
+        outputs = self._read(
+            inputs, asked, computes_padding=counts_padding(labels, attention_mask, self.config), **kwargs
         )
         prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
         loss = None
@@ -306,14 +297,14 @@ class BigBirdForPreTraining(_LanguageModel):
             loss = cross_entropy(prediction_logits, labels)
             if next_sentence_label is not None:
                 loss = loss + cross_entropy(seq_relationship_logits, next_sentence_label)
-        output = BigBirdForPreTrainingOutput(
+        return self._answer(
+            BigBirdForPreTrainingOutput,
+            outputs,
+            return_dict,
             loss=loss,
             prediction_logits=prediction_logits,
             seq_relationship_logits=seq_relationship_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return as_requested(output, return_dict, self.config)
 
 
 class BigBirdForMaskedLM(_LanguageModel):
@@ -352,21 +343,15 @@ class BigBirdForMaskedLM(_LanguageModel):
             labels: `int64`, `[batch, length]`: the words to predict, -100 where none is. With
                 `config.sparse_prediction` the logits are those of the words to predict alone, `[words, vocab_size]`.
         """
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        asked = (output_attentions, output_hidden_states, global_attention_mask)
+        outputs = self._read(
+            inputs,
+            asked,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
             **kwargs,
         )
@@ -376,13 +361,13 @@ class BigBirdForMaskedLM(_LanguageModel):
             counts = labels != IGNORED_LABEL
             hidden_states, labels = hidden_states[counts], labels[counts]
         logits = self.cls(hidden_states)
-        output = MaskedLMOutput(
+        return self._answer(
+            MaskedLMOutput,
+            outputs,
+            return_dict,
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return as_requested(output, return_dict, self.config)
 
 
 class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
@@ -448,22 +433,16 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
                 rows hold several documents, nobody is asked for the first token of any.
         """
         flattened = {name: kwargs.pop(name) for name in list(kwargs) if name not in LOSS_ARGUMENTS}
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        asked = (output_attentions, output_hidden_states, global_attention_mask)
+        outputs = self._read(
+            inputs,
+            asked,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             cache=cache,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=global_attention_mask,
             cache_position=cache_position,
             computes_padding=labels is not None,  # in an encoder, which it is not to be, padding has labels
             **flattened,
@@ -477,15 +456,15 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             if documents is not None:
                 labels = labels.masked_fill(document_starts(documents).expand(labels.shape), IGNORED_LABEL)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithCrossAttentions(
+        return self._answer(
+            CausalLMOutputWithCrossAttentions,
+            outputs,
+            return_dict,
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             **{CACHE: outputs.get(CACHE)},
         )
-        return as_requested(output, return_dict, self.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,19 +531,13 @@ class BigBirdForSequenceClassification(_TaskModel):
                 logits and labels are `[documents, ...]`.
             use_cache: without effect. trl's reward models are told not to.
         """
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        asked = (output_attentions, output_hidden_states, global_attention_mask)
+        outputs = self._read(
+            inputs,
+            asked,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=global_attention_mask,
             computes_padding=starts_with_padding(attention_mask, self.config),
             **kwargs,
         )
@@ -573,13 +546,13 @@ class BigBirdForSequenceClassification(_TaskModel):
         if documents is not None or self.config.pattern_per_document:
             states = first_states(states, attention_mask, self.config, documents)[:, None]
         logits = self.classifier(states)
-        output = SequenceClassifierOutput(
+        return self._answer(
+            SequenceClassifierOutput,
+            outputs,
+            return_dict,
             loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return as_requested(output, return_dict, self.config)
 
     def _loss(self, logits, labels):
         problem_type = self.config.problem_type
@@ -634,15 +607,17 @@ class BigBirdForMultipleChoice(_TaskModel):
             raise ValueError(ONE_DOCUMENT)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         inputs = (*map(_without_choices, inputs), head_mask, _without_choices(inputs_embeds))
-        outputs = self._read(inputs, (output_attentions, output_hidden_states, _without_choices(global_attention_mask)))
+        outputs = self._read(
+            inputs, (output_attentions, output_hidden_states, _without_choices(global_attention_mask))
+        )
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
-        output = MultipleChoiceModelOutput(
+        return self._answer(
+            MultipleChoiceModelOutput,
+            outputs,
+            return_dict,
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return as_requested(output, return_dict, self.config)
 
 
 def _without_choices(tensor):
@@ -685,29 +660,23 @@ class BigBirdForTokenClassification(_TaskModel):
         Args:
             labels: `int64`, `[batch, length]`: the class of each token, -100 for those that do not count.
         """
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        asked = (output_attentions, output_hidden_states, global_attention_mask)
+        outputs = self._read(
+            inputs,
+            asked,
             past_key_values=past_key_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=global_attention_mask,
             computes_padding=counts_padding(labels, attention_mask, self.config),
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        output = TokenClassifierOutput(
+        return self._answer(
+            TokenClassifierOutput,
+            outputs,
+            return_dict,
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return as_requested(output, return_dict, self.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -785,18 +754,12 @@ class BigBirdForQuestionAnswering(_TaskModel):
         if self.config.global_question_tokens and in_question is not None:
             chosen = in_question if global_attention_mask is None else in_question | (global_attention_mask != 0)
             global_attention_mask = chosen.long()
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        asked = (output_attentions, output_hidden_states, global_attention_mask)
+        outputs = self._read(
+            inputs,
+            asked,
             past_key_values=past_key_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            global_attention_mask=global_attention_mask,
             # the loss is of all places of the tensor, padding included, unless documents are read as they are alone
             computes_padding=start_positions is not None and not self.config.pattern_per_document,
         )
@@ -812,15 +775,15 @@ class BigBirdForQuestionAnswering(_TaskModel):
         if start_positions is not None and end_positions is not None:
             losses = [_position_loss(start_logits, start_positions), _position_loss(end_logits, end_positions)]
             loss = sum(losses) / 2
-        output = BigBirdForQuestionAnsweringModelOutput(
+        return self._answer(
+            BigBirdForQuestionAnsweringModelOutput,
+            outputs,
+            return_dict,
             loss=loss,
             start_logits=start_logits.contiguous(),
             end_logits=end_logits.contiguous(),
             pooler_output=outputs.pooler_output,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return as_requested(output, return_dict, self.config)
 
     def _question_mask(self, input_ids, question_lengths, length):
         """`bool`, `[batch, length]`: which tokens are the question's; None where it is not known."""

@@ -6,7 +6,6 @@ The data are files in the format of SQuAD (1.1 or 2.0), or the names of data set
 A context that is longer than the model's input is read in overlapping parts.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -15,12 +14,12 @@ import string
 
 import numpy as np
 import torch
+from common import make_parser, training_arguments
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -28,22 +27,9 @@ import bigbird_plus  # noqa: F401, makes the Auto classes load BigBird from here
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="google/bigbird-roberta-base", help="hub name or folder")
-    parser.add_argument("--train-data", required=True, help="SQuAD file, or the name of a data set")
-    parser.add_argument("--eval-data", help="SQuAD file; for a data set, its validation split is taken")
-    parser.add_argument("--output-dir", required=True, help="where the model and its answers go")
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens of a question with (a part of) its text")
+    parser = make_parser(__doc__, epochs=2, learning_rate=3e-5)
     parser.add_argument("--stride", type=int, default=256, help="tokens that two parts of one text have in common")
     parser.add_argument("--max-answer-length", type=int, default=30, help="in tokens")
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--gradient-accumulation", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--cpu", action="store_true", help="do not use an accelerator")
-    parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args(argv)
 
 
@@ -172,21 +158,7 @@ def main(argv=None):
     questions = read_questions(args.train_data, "train")
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=args.output_dir,
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation,
-            learning_rate=args.learning_rate,
-            bf16=args.bf16,
-            use_cpu=args.cpu,
-            logging_steps=10,
-            save_total_limit=1,
-            seed=args.seed,
-            report_to=[],
-        ),
+        args=training_arguments(args),
         train_dataset=add_answers(*cut_into_parts(questions, tokenizer, args), questions),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,

@@ -267,10 +267,10 @@ def full_implementation(config) -> str:
     return "sdpa" if is_engine(name) else name
 
 
-def is_sparse(config, attention_type: str, keys: int) -> bool:
+def is_sparse(sparsity: Sparsity, attention_type: str, keys: int) -> bool:
     """Whether so many keys are read sparsely: if there are more than the pattern lets a token read anyway. (A
     decoder's first tokens read in full all the same.)"""
-    return attention_type == "block_sparse" and keys > Sparsity.from_config(config).full_attention_length
+    return attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
 
 def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
@@ -288,15 +288,15 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     """
     sparsity = Sparsity.from_config(config)
     keys = tokens.keys if tokens.has_cache else tokens.length
-    reads_sparsely = is_sparse(config, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
+    reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
     reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
-    spans, per_document = _find_documents(reader, keeps)
+    kept = _kept(reader, keeps)
+    spans, per_document = _find_documents(reader, kept)
     if spans:
         return _packed_plan(reader, spans, per_document)
     _check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
     shape["positions"] = tokens.places[None] if tokens.position_ids is None else tokens.position_ids
-    kept = _kept(reader, keeps)
     if reads_sparsely and torch.compiler.is_compiling() and not is_exporting():
         _refuse_documents(tokens)
     if not reads_sparsely:
@@ -399,7 +399,7 @@ def _sparse_part(reader: _Reader) -> SparsePart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_documents(reader: _Reader, keeps: str) -> tuple[list[Span], bool]:
+def _find_documents(reader: _Reader, kept: Tensor | None) -> tuple[list[Span], bool]:
     """The documents to pack, none if packing would save nothing and change nothing; and whether each is read as it is
     alone: counted from its first real token, with a pattern of its own, or in full where it is short enough."""
     config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
@@ -408,7 +408,6 @@ def _find_documents(reader: _Reader, keeps: str) -> tuple[list[Span], bool]:
     if tokens.has_documents:
         rows = _documents_of_positions(tokens)
         return _spans(reader, rows, own_patterns=True), True
-    kept = _kept(reader, keeps)
     if kept is None or (kept & (tokens.attention_mask == 0)).any():
         return [], False
     per_document = config.pattern_per_document

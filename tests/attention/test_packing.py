@@ -53,6 +53,24 @@ def test_packing_changes_no_output_and_no_gradient(attention_type, total, side, 
         assert (packed_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-4, name
 
 
+def test_padding_is_not_embedded_unless_a_hook_watches():
+    model, _ = make_pair()
+    model.freeze_pooler()
+    ids, mask = random_ids(3, 203), mask_of([203, 90, 20], 203, "right")
+    tokens = []
+    embed = torch.nn.functional.embedding
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.functional, "embedding", lambda ids, *rest: tokens.append(ids.numel()) or embed(ids, *rest)
+        )
+        packed = model(ids, attention_mask=mask).last_hidden_state
+        assert max(tokens) < ids.numel()
+        shapes = []
+        model.embeddings.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+        assert torch.equal(model(ids, attention_mask=mask).last_hidden_state, packed)
+    assert shapes == [(3, 203, model.config.hidden_size)]
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
