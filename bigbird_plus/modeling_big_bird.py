@@ -659,6 +659,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config, *args, **kwargs):
+        """Takes a `BigBirdConfig`, or transformers' own."""
         config = BigBirdConfig.of(config)  # which the models take from `self.config`
         super().__init__(config, *args, **kwargs)
         config.check_fields()
@@ -766,6 +767,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
     """
 
     def __init__(self, config, add_pooling_layer=True):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         if config.add_cross_attention and not config.is_decoder:
