@@ -148,7 +148,8 @@ def _built_in_modules() -> list:
     """Those that scripts import BigBird from. The first two ask the others for what they lack, and so are changed
     before them. (transformers puts a second module in its own place while it is imported; users may have either.)"""
     package = importlib.import_module(BUILT_IN)
-    return [transformers, sys.modules["transformers"], package, *(getattr(package, name) for name in BUILT_IN_MODULES if hasattr(package, name))]
+    parts = (getattr(package, name) for name in BUILT_IN_MODULES if hasattr(package, name))
+    return [transformers, sys.modules["transformers"], package, *parts]
 
 
 def _counterparts() -> dict[str, type]:
