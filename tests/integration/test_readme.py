@@ -59,7 +59,14 @@ def own_registry():
     bigbird_plus.register()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def pages_with_python() -> list:
+    """Tracing a graph takes its time."""
+    marks = {"export": pytest.mark.slow}
+    pages = [page for page in PAGES if blocks(page, "python")]
+    return [pytest.param(page, id=page.stem, marks=marks.get(page.stem, ())) for page in pages]
+
+
+@pytest.mark.parametrize("page", pages_with_python())
 @pytest.mark.filterwarnings("ignore")
 def test_python(page, hub, own_registry, tmp_path, monkeypatch):
     """Each piece has its own imports and variables. Tracebacks name the page's own lines."""
