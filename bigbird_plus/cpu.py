@@ -1,5 +1,6 @@
-"""What makes layers faster on a CPU: linear layers by oneDNN's matrix product where that is the faster one, and parts
-of a layer that take each token by itself, done for some tokens after others.
+"""What makes layers faster on a CPU: linear layers by oneDNN's matrix product where that is the faster one, in float32
+where the processor has no instructions for half precision, and parts of a layer that take each token by itself, done
+for some tokens after others.
 
 torch carries two matrix products for CPUs. In float32 it takes MKL's, which on AMD's processors runs at a good half of
 the speed of oneDNN's. Which of them runs here depends on the processor's vendor and the dtype alone, never on a
@@ -14,7 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .attention.common import is_exporting, is_tracing, is_transformed, pieces_at_once, runs
+from .attention.common import (
+    EMULATED,
+    HALF_PRECISION,
+    is_exporting,
+    is_tracing,
+    is_transformed,
+    pieces_at_once,
+    runs,
+)
 
 
 class TanhGELU(nn.Module):
@@ -42,34 +51,124 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
     Returns:
         `[..., out_features]`.
     """
-    is_gelu = type(activation) is TanhGELU and not is_watched(activation)
+    states, activation, residual = _product(layer, states, activation, residual)
+    if activation is not None:
+        states = activation(states)
+    return states if residual is None else states + residual
+
+
+def _product(layer, states, activation, residual):
+    """The product, together with what can be computed with it, and what is left to do: activation and residual."""
     if is_exporting():
         # As a matrix: to merge dimensions itself, torch would ask what it cannot know of a free length (see `_reshape`
         # of the attention).
         *sizes, features = states.shape
-        states = layer(states.reshape(-1).view(math.prod(sizes), features)).unflatten(0, sizes)
-    elif states.device.type != "cpu" and (not is_gelu or torch.is_grad_enabled()):
-        states = layer(states)  # nothing is faster
-    elif not (_is_plain(layer) and _suits(layer.weight, states)):
-        states = layer(states)
-    elif not prefers_onednn(states):
-        is_gelu = is_gelu and residual is None and not (torch.is_grad_enabled() or is_tracing() or is_transformed())
-        if is_gelu and _has_product_with_gelu(layer, states):
-            return _product_with_gelu(layer, states)
-        states = layer(states)
-        if is_gelu and states.device.type == "cpu" and states.dtype is torch.float32:
-            return _tanh_gelu_in_place(states)
-    elif torch.is_grad_enabled():
-        states = _OneDnnLinear.apply(states, layer.weight, layer.bias)
-    elif is_gelu and residual is None:
-        return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh")
-    elif activation is None and residual is not None:
-        return onednn_product_and_sum(states, layer.weight, layer.bias, residual)
-    else:
-        states = onednn_product(states, layer.weight, layer.bias)
-    if activation is not None:
-        states = activation(states)
-    return states if residual is None else states + residual
+        rows = states.reshape(-1).view(math.prod(sizes), features)
+        return layer(rows).unflatten(0, sizes), activation, residual
+    if not _is_plain(layer):
+        return layer(states), activation, residual
+    is_gelu = type(activation) is TanhGELU and not is_watched(activation)
+    if converts(layer, states):
+        return _converted(layer, states, activation, residual, is_gelu)
+    if not _suits(layer.weight, states):
+        return layer(states), activation, residual
+    fuses_gelu = is_gelu and residual is None and not torch.is_grad_enabled()
+    if states.device.type != "cpu":
+        if fuses_gelu and _has_product_with_gelu(layer, states):
+            return _product_with_gelu(layer, states), None, None
+        return layer(states), activation, residual
+    if not prefers_onednn(states):
+        if fuses_gelu and states.dtype is torch.float32 and not is_tracing() and not is_transformed():
+            return _tanh_gelu_in_place(layer(states)), None, None
+        return layer(states), activation, residual
+    if torch.is_grad_enabled():
+        return _OneDnnLinear.apply(states, layer.weight, layer.bias), activation, residual
+    if fuses_gelu:
+        return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh"), None, None
+    if activation is None and residual is not None:
+        return onednn_product_and_sum(states, layer.weight, layer.bias, residual), None, None
+    return onednn_product(states, layer.weight, layer.bias), activation, residual
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Half precision without instructions for it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+FEW_ROWS = 8
+"""For fewer rows, as in decoding, converting the weights takes longer than torch's emulated product."""
+
+
+def converts(layer: nn.Linear, states: Tensor) -> bool:
+    """Whether a product in half precision is computed in float32, see `common.EMULATED`."""
+    if states.device.type != "cpu" or is_tracing() or is_transformed():
+        return False
+    if states.numel() < FEW_ROWS * states.shape[-1]:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") in EMULATED and states.dtype is not torch.float64
+    return states.dtype in EMULATED and _suits(layer.weight, states)
+
+
+def _converted(layer, states, activation, residual, is_gelu):
+    """See `_product`."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+    with torch.autocast("cpu", enabled=False):
+        if torch.is_grad_enabled():
+            return _ConvertedLinear.apply(states, layer.weight, layer.bias, dtype), activation, residual
+        if activation is not None and not is_gelu:
+            return _converted_product(states, layer.weight, layer.bias, dtype), activation, residual
+        return _converted_product(states, layer.weight, layer.bias, dtype, is_gelu, residual), None, None
+
+
+def _converted_product(states, weight, bias, dtype, is_gelu=False, residual=None) -> Tensor:
+    """`activation(states weight^T + bias) + residual` in `dtype`, computed in float32: some outputs after others, of
+    some rows after others, so that what is converted takes little memory, and is used while it is in the cache."""
+    inputs, outputs = weight.shape[1], weight.shape[0]
+    rows = states.reshape(-1, inputs)
+    result = torch.empty(len(rows), outputs, dtype=dtype)
+    residual = None if residual is None else residual.reshape(-1, outputs)
+    multiply = onednn_product if _vendor_is_amd() and has_onednn() else nn.functional.linear
+    for columns in runs(0, outputs, pieces_at_once(inputs * torch.float32.itemsize)):
+        taken = slice(columns.start, columns.stop)
+        own_weight, own_bias = weight[taken].float(), None if bias is None else bias[taken].float()
+        for some in runs(0, len(rows), pieces_at_once(max(inputs, len(columns)) * torch.float32.itemsize)):
+            where = slice(some.start, some.stop)
+            product = multiply(rows[where].float(), own_weight, own_bias)
+            if is_gelu:
+                product = _tanh_gelu_in_place(product)
+            if residual is not None:
+                product += residual[where, taken]
+            result[where, taken] = product
+    return result.view(*states.shape[:-1], outputs)
+
+
+class _ConvertedLinear(torch.autograd.Function):
+    """`states weight^T + bias` in a dtype, with its gradients, computed in float32."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, dtype):
+        ctx.save_for_backward(states, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _converted_product(states, weight, bias, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        states, weight = ctx.saved_tensors
+        needs_states, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad = grad.float()
+        rows = grad.flatten(0, -2)
+        return (
+            (grad @ weight.float()).to(states.dtype) if needs_states else None,
+            (rows.t() @ states.flatten(0, -2).float()).to(weight.dtype) if needs_weight else None,
+            rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+            None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# oneDNN's products
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def prefers_onednn(states: Tensor) -> bool:
@@ -81,7 +180,7 @@ def prefers_onednn(states: Tensor) -> bool:
     if states.dtype is torch.float32:
         return _vendor_is_amd()
     # the same product as by default, but together with the activation
-    return not torch.is_grad_enabled() and _has_onednn_for(states.dtype)
+    return not torch.is_grad_enabled() and states.dtype in HALF_PRECISION and states.dtype not in EMULATED
 
 
 @cache
@@ -93,13 +192,6 @@ def has_onednn() -> bool:
         return has_product and onednn_product_and_sum(one, one, None, one).item() == 2
     except (AttributeError, RuntimeError, TypeError):
         return False
-
-
-@cache
-def _has_onednn_for(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of a reduced precision for this processor."""
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype in names and getattr(torch.ops.mkldnn, names[dtype], lambda: False)()
 
 
 @cache

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, logging
 from ._compat import CACHE
 from .attention.common import is_tracing
 from .attention.documents import Flattened, document_starts, holds_documents, uncompiled_for_documents
+from .cpu import linear
 from .modeling_big_bird import (
     BigBirdIntermediate,
     BigBirdModel,
@@ -153,7 +154,7 @@ class BigBirdPredictionHeadTransform(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., hidden_size]` of the same."""
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+        return self.LayerNorm(linear(self.dense, hidden_states, self.transform_act_fn))
 
 
 class BigBirdLMPredictionHead(nn.Module):
@@ -167,7 +168,7 @@ class BigBirdLMPredictionHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., vocab_size]` from `[..., hidden_size]`."""
-        return self.decoder(self.transform(hidden_states))
+        return linear(self.decoder, self.transform(hidden_states))
 
 
 class BigBirdOnlyMLMHead(nn.Module):

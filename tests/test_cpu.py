@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from bigbird_plus import cpu as module
+from bigbird_plus.attention import common
 from bigbird_plus.cpu import TanhGELU, linear, prefers_onednn
+
+from .peers import make_pair, random_ids
 
 tanh_gelu = TanhGELU()
 
@@ -115,3 +118,84 @@ def test_not_taken_where_it_does_not_belong(on_amd, layer):
         assert not prefers_onednn(states)
         assert linear(layer, states).dtype is torch.bfloat16
     assert linear(layer, torch.empty(0, 24)).shape == (0, 40)
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def no_half_precision(monkeypatch):
+    """A processor without instructions for half precision, whichever this is."""
+    for place in (module, common):
+        monkeypatch.setattr(place, "EMULATED", set(HALF))
+    monkeypatch.setattr(common, "BYTES_AT_ONCE", 2**11)  # 21 outputs of some rows at a time
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("activation", [None, tanh_gelu, torch.tanh])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_half_precision_is_computed_in_float32(no_half_precision, layer, dtype, activation, with_residual):
+    layer, states = layer.to(dtype), torch.randn(3, 7, 24).to(dtype)
+    residual = torch.randn(3, 7, 40).to(dtype) if with_residual else None
+    expected = reference(layer, states, activation) + (residual.double() if with_residual else 0)
+    with torch.no_grad():
+        actual = linear(layer, states, activation, residual)
+    assert actual.dtype is dtype
+    roundings = 1 if activation is None or activation is tanh_gelu else 3
+    error = (actual.double() - expected).abs()
+    assert (error <= roundings * torch.finfo(dtype).eps * expected.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_in_half_precision_are_computed_in_float32(no_half_precision, layer, dtype):
+    layer, states = layer.to(dtype), torch.randn(3, 7, 24).to(dtype).requires_grad_()
+    grad = torch.randn(3, 7, 40).to(dtype)
+    inputs = [states, layer.weight, layer.bias]
+    actual = torch.autograd.grad(linear(layer, states), inputs, grad)
+    expected = torch.autograd.grad(reference(layer, states, None), inputs, grad.double())
+    for ours, exact in zip(actual, expected, strict=True):
+        assert ours.dtype is dtype
+        torch.testing.assert_close(ours, exact, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_without_instructions(no_half_precision, layer, dtype):
+    states = torch.randn(2, 9, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        actual = linear(layer, states, tanh_gelu)
+    assert actual.dtype is dtype
+    torch.testing.assert_close(actual.double(), reference(layer, states, tanh_gelu), rtol=0.01, atol=0.01)
+    actual.float().sum().backward()
+    assert layer.weight.grad.dtype is states.grad.dtype is torch.float32
+    assert states.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("length", [60, 203])
+def test_a_model_in_half_precision(no_half_precision, monkeypatch, dtype, length):
+    """No farther from float32 than the built-in model, in outputs and gradients; packed, streamed and whole."""
+    monkeypatch.setattr(common, "BYTES_AT_ONCE", 2**14)
+    ours, theirs = make_pair(attention_type="block_sparse" if length > 100 else "original_full")
+    ids, mask = random_ids(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[1, length // 2 :] = 0
+    exact = ours(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    exact_grad = torch.autograd.grad(exact.sin().sum(), ours.embeddings.word_embeddings.weight)[0]
+    errors = []
+    for model in (ours.to(dtype), theirs.to(dtype)):
+        output = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        grad = torch.autograd.grad(output.sin().sum(), model.embeddings.word_embeddings.weight)[0]
+        errors.append([(output - exact).norm(), (grad - exact_grad).norm()])
+    assert errors[0][0] <= 1.1 * errors[1][0]
+    assert errors[0][1] <= 1.1 * errors[1][1]
+    with torch.inference_mode():
+        streamed = ours(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    assert (streamed - exact).norm() <= 1.1 * errors[1][0]
+
+
+def test_few_rows_are_left_to_torch(no_half_precision, layer, monkeypatch):
+    monkeypatch.setattr(module, "_converted_product", None)  # not callable
+    layer = layer.bfloat16()
+    with torch.no_grad():
+        assert linear(layer, torch.randn(1, 7, 24).bfloat16()).shape == (1, 7, 40)
+        with pytest.raises(TypeError):
+            linear(layer, torch.randn(1, 8, 24).bfloat16())

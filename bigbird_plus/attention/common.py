@@ -34,6 +34,30 @@ def may_read_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_tracing() and not is_transformed()
 
 
+def _is_emulated(dtype: torch.dtype, question: str) -> bool:
+    level = torch.backends.cpu.get_cpu_capability()
+    if level not in ("DEFAULT", "AVX2", "AVX512"):
+        return False  # another kind of processor
+    if not getattr(torch.ops.mkldnn, question, lambda: False)():
+        return True
+    # With AVX-512 oneDNN has bfloat16 in any case, but emulates it where instructions for it are missing, too.
+    return dtype is torch.bfloat16 and level == "AVX512" and not torch.cpu._is_avx512_bf16_supported()
+
+
+HALF_PRECISION = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+"""The dtypes, each with the question whether oneDNN has products for it on this processor."""
+
+EMULATED = {dtype for dtype, question in HALF_PRECISION.items() if _is_emulated(dtype, question)}
+"""Those for whose products this processor has no instructions. torch emulates them then, in three to ten times the
+time that float32 takes."""
+
+
+def attention_dtype(tensor: Tensor) -> torch.dtype:
+    """In what attention is computed: float32 instead of what a CPU would emulate."""
+    converts = tensor.device.type == "cpu" and tensor.dtype in EMULATED and not is_tracing() and not is_transformed()
+    return torch.float32 if converts else tensor.dtype
+
+
 def score_dtype(tensor: Tensor) -> torch.dtype:
     """Scores are kept in float32 at least: adding a mask's large negative number to a float16 score overflows."""
     return torch.promote_types(tensor.dtype, torch.float32)

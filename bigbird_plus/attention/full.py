@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .common import additive_mask, is_transformed
+from .common import additive_mask, attention_dtype, is_transformed
 from .impl import reference
 from .masks import FullMask
 
@@ -48,6 +48,8 @@ def attend(
     added, reads_nothing = mask
     if reads_nothing is not None:
         added = added.masked_fill(reads_nothing, 0)
+    dtype = query.dtype
+    query, key, value = (tensor.to(attention_dtype(tensor)) for tensor in (query, key, value))
     if added is not None and added.is_floating_point():
         added = added.to(query.dtype)
     if name == "flex_attention" and added is not None:
@@ -55,7 +57,8 @@ def attend(
     context = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, added, **how)[0].transpose(1, 2)
     if reads_nothing is not None:
         context = torch.where(reads_nothing, _mean_of_values(query, key, value, module.scaling), context)
-    return context, _probabilities(module, query, key, value, mask.added) if output_attentions else None
+    probabilities = _probabilities(module, query, key, value, mask.added).to(dtype) if output_attentions else None
+    return context.to(dtype), probabilities
 
 
 def _mean_of_values(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -21,6 +21,7 @@ from .. import ops
 from ..block_lists import list_blocks, unread_bias
 from ..common import (
     additive_mask,
+    attention_dtype,
     causal_mask,
     is_exporting,
     is_transformed,
@@ -71,7 +72,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple
     log_sum_exp = torch.empty(query.shape[:-1], dtype=score_dtype(query))
     bias, tokens = _bias_and_tokens(query, reading)
     for documents, groups in _shares(query, reading.pattern, tokens):
-        inputs = _of(documents, query, key, value, bias)
+        inputs = [*_in(attention_dtype(query), *_of(documents, query, key, value)), *_of(documents, bias)]
         for parts in groups:
             _attend(*_of(documents, output, log_sum_exp), parts, *inputs, reading.scaling)
     return output, log_sum_exp
@@ -81,16 +82,18 @@ def gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum_exp: Tensor, reading: Reading
 ) -> Tensor:
     """Those of queries, keys and values, see `ops.Kernels`."""
-    grads = query.new_empty(3, *query.shape)  # those of queries are written, those of keys and values added up
+    dtype = attention_dtype(query)
+    grads = query.new_empty(3, *query.shape, dtype=dtype)  # of queries: written; of keys and values: added up
     grads[1:] = 0
     bias, tokens = _bias_and_tokens(query, reading)
     elsewhere = _outside_of_global_tokens(log_sum_exp, tokens)
     for documents, groups in _shares(query, reading.pattern, tokens):
-        inputs = _of(documents, grad, query, key, value, bias, output)
+        grad_output, *inputs, context = _in(dtype, *_of(documents, grad, query, key, value, output))
+        inputs = (grad_output, *inputs, *_of(documents, bias), context)
         for parts in groups:
             lse = log_sum_exp if isinstance(parts[0], _GlobalTokensPart) else elsewhere
             _add_gradients(_of(documents, *grads), parts, *inputs, *_of(documents, lse), reading.scaling)
-    return grads
+    return grads.to(query.dtype)
 
 
 ops.KERNELS[NAME] = ops.Kernels(attend, gradients)
@@ -172,7 +175,7 @@ class _DensePart:
 
     def put(self, rows, target):
         """Writes what `to_rows` gives to where it belongs in `target`, `[batch, tokens, ...]`."""
-        _blocks(target, self.pattern)[:, self._shifted()] = rows
+        _blocks(target, self.pattern)[:, self._shifted()] = rows.to(target.dtype)
 
     def add(self, grad, target):
         """The transpose of `keys`: adds `[n, heads, keys, dim]` to where it came from."""
@@ -308,7 +311,7 @@ class _GlobalTokensPart(_DensePart):
         return output.transpose(1, 2)
 
     def put(self, rows, target):
-        self.tokens.put(rows, target)
+        self.tokens.put(rows.to(target.dtype), target)
 
 
 Group = list[_DensePart]
@@ -383,6 +386,10 @@ def _shares(query: Tensor, pattern: BlockPattern, tokens: GlobalTokens | None):
 
 def _of(documents: slice, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor[documents] for tensor in tensors]
+
+
+def _in(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _outside_of_global_tokens(log_sum_exp: Tensor, tokens: GlobalTokens | None) -> Tensor:
@@ -465,6 +472,8 @@ class Stream:
     def __init__(self, pattern: BlockPattern, query, key, value, key_mask, *, scaling: float):
         self.pattern, self.scaling, self.key_mask = pattern, scaling, key_mask
         self.bias = None if key_mask is None else additive_mask(key_mask, score_dtype(query))
+        self.dtype = query.dtype
+        query, key, value = _in(attention_dtype(query), query, key, value)
         self.query, self.ends = query, [tensor.transpose(1, 2) for tensor in (key, value)]
         self.start = self.end = pattern.first_row  # of the blocks that are kept
         self.kept = [tensor[:, :0] for tensor in self.ends]
@@ -482,6 +491,7 @@ class Stream:
 
     def read(self, key: Tensor, value: Tensor) -> None:
         """Takes keys and values of the next blocks, `[1, heads, tokens, head_dim]`."""
+        key, value = _in(self.query.dtype, key, value)
         end = self.end + key.shape[2] // self.pattern.block_size
         if self.outer_result is not None:
             bias = None if self.bias is None else self.bias[:, self.tokens(range(self.end, end))]
@@ -493,7 +503,7 @@ class Stream:
     def attend(self, rows: range, query: Tensor) -> Tensor:
         """The context of some rows, of their queries: both `[1, heads, tokens, head_dim]`. Rows before them are done
         with."""
-        pattern, query = self.pattern, query.transpose(1, 2)
+        pattern, query = self.pattern, query.to(self.query.dtype).transpose(1, 2)
         near = replace(pattern, num_blocks=self.end - self.start + len(pattern.outer_blocks))
         shift = pattern.num_leading - self.start
         tensors = [self._between_ends(*pair) for pair in zip(self.ends, self.kept, strict=True)]
@@ -512,7 +522,7 @@ class Stream:
     def outer_context(self) -> Tensor:
         """The context of the outer blocks, `[1, heads, tokens, head_dim]`."""
         if self.outer_result is None:
-            return self.query
+            return self.query.to(self.dtype)
         return self._finished(self.outer_result[0], self._of_outer_blocks(self.key_mask))
 
     def _of_outer_rows(self, key, value, bias) -> tuple[Tensor, Tensor]:
@@ -545,4 +555,4 @@ class Stream:
         """From `[1, tokens, heads, head_dim]`; with zeros for padding."""
         if is_real is not None:
             context = context * is_real[..., None, None]
-        return context.transpose(1, 2)
+        return context.transpose(1, 2).to(self.dtype)
