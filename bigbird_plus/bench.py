@@ -495,6 +495,7 @@ def plot(report: dict, path: str | Path) -> None:
         axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     facts = report["environment"]
