@@ -62,7 +62,7 @@ def cache_of_tuples(past_key_values: tuple | list) -> Cache:
 
 def tuples_of_cache(cache: Cache) -> tuple:
     """The reverse of `cache_of_tuples`."""
-    caches = (cache,)
+    caches: tuple[Cache, ...] = (cache,)
     if isinstance(cache, EncoderDecoderCache):
         caches = (cache.self_attention_cache, cache.cross_attention_cache)
     per_layer = zip(*(one.layers for one in caches), strict=True)

@@ -63,7 +63,7 @@ _MISSING = object()
 _replaced: list[tuple[dict, Any, Any]] = []  # table, key, what was there (_MISSING: nothing)
 
 
-def auto_classes() -> dict[type, type]:
+def auto_classes() -> dict[Any, type]:
     """Auto class to model class, for the Auto classes that the installed transformers has."""
     return {getattr(transformers, name): model for name, model in AUTO_MODELS.items() if hasattr(transformers, name)}
 
@@ -207,7 +207,7 @@ def register_pipeline() -> None:
         type="text",
     )
     # Where transformers finds this, it saves a copy of the class's source with each model, and asks to trust it.
-    del ExtractiveQuestionAnsweringPipeline._registered_impl
+    del ExtractiveQuestionAnsweringPipeline._registered_impl  # type: ignore[attr-defined]  # register_pipeline sets it
 
 
 class _HiddenNames(tuple):
@@ -226,5 +226,5 @@ def prefer_registered_tokenizers() -> None:
     """
     found = tokenization_auto.tokenizer_class_from_name(BigBirdTokenizer.__name__)
     if found not in (BigBirdTokenizer, BigBirdTokenizerFast):
-        names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+        names: dict[str, Any] = tokenization_auto.TOKENIZER_MAPPING_NAMES
         names[BigBirdConfig.model_type] = _HiddenNames(names[BigBirdConfig.model_type])

@@ -162,7 +162,7 @@ def benchmark(settings: Settings) -> dict:
 def paired_seconds(calls: dict[str, Callable], repeats: int, device: str, advance: Callable) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` of them: all take turns, and the first turn does not count. Every other turn
     goes in the opposite order, since each finds memory and caches as the one before has left them."""
-    seconds = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         order = list(calls.items())
         for name, call in order if turn % 2 == 0 else reversed(order):
@@ -225,7 +225,7 @@ def step_of(model: torch.nn.Module, length: int, settings: Settings) -> Callable
 
 def product_paths(settings: Settings) -> dict[str, Callable]:
     """Ways to compute `a b^T` that this torch has for the device and the dtype."""
-    paths = {"products, torch": torch.nn.functional.linear}
+    paths: dict[str, Callable] = {"products, torch": torch.nn.functional.linear}
     if settings.device == "cpu" and has_onednn():
         one = torch.ones(1, 1, **settings.factory)
         try:

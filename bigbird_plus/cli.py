@@ -6,7 +6,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import transformers
 import typer
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Wrong input gives one line on standard error, and exit status 2."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    usage_error = typer.BadParameter.__base__  # typer has no public name for the class of all of them
+    usage_error: Any = typer.BadParameter.__base__  # typer has no public name for the class of all of them
     try:
         status = app(arguments, standalone_mode=False)
     except usage_error as error:
@@ -73,7 +73,7 @@ def _fill_in_document(model, tokenizer) -> None:
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
     fill(text)  # the first call is slower
     start = time.perf_counter()
-    predictions = fill(text)
+    predictions: list = fill(text)
     seconds = time.perf_counter() - start
 
     table = Table("text", "word left out", "predictions (probability)", title="The Book of Ruth, with words left out")
@@ -110,7 +110,7 @@ def fill_mask(
     fill = pipeline("fill-mask", model=bigbird, tokenizer=tokenizer, top_k=top_k)
     if top_k > fill.model.config.vocab_size:
         raise ValueError(f"--top-k must be at most {fill.model.config.vocab_size}, all there are, but is {top_k}.")
-    predictions = fill(text)
+    predictions: list = fill(text)
     predictions = predictions if isinstance(predictions[0], list) else [predictions]
     table = Table("mask", "word", "probability")
     for number, best in enumerate(predictions, start=1):
@@ -191,10 +191,8 @@ def _draw_heatmap(model: str | None, file: TextIO, length: int | None, layer: in
 
 
 def _check_length(what: str, length: int, config: BigBirdConfig) -> None:
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"{what} must have at most the model's {config.max_position_embeddings} tokens, but has {length}."
-        )
+    if config.longest_input is not None and length > config.longest_input:
+        raise ValueError(f"{what} must have at most the model's {config.longest_input} tokens, but has {length}.")
 
 
 @app.command()
@@ -237,9 +235,11 @@ def convert(
     max_position_embeddings: Annotated[int, typer.Option(min=1, help="Longest input, in tokens.")] = 4096,
     architecture: Annotated[str | None, typer.Option(help="Class of the new model, as BigBirdForMaskedLM.")] = None,
 ) -> None:
-    """Make a BigBird of a BERT or RoBERTa checkpoint, or of one of Google's."""
+    """Make a BigBird of a checkpoint of BERT, RoBERTa or another encoder, or of one of Google's."""
     model = convert_checkpoint(source, target, max_position_embeddings, architecture=architecture)
-    print(f"{_printable(target)}: {type(model).__name__} for inputs of up to {max_position_embeddings:,} tokens")
+    longest = model.config.longest_input
+    length = "any length" if longest is None else f"up to {longest:,} tokens"
+    print(f"{_printable(target)}: {type(model).__name__} for inputs of {length}")
 
 
 @app.command()
@@ -253,7 +253,7 @@ def qa(
     """Find the answer to a question in a document of any length."""
     question, context = _checked_text("--question", question), _read_text(document)
     tokenizer = _load(AutoTokenizer, model)
-    answer = pipeline(
+    answer = pipeline(  # type: ignore[call-overload]  # which names the tasks of transformers alone
         "extractive-question-answering",
         model=_load_model(AutoModelForQuestionAnswering, model, tokenizer),
         tokenizer=tokenizer,

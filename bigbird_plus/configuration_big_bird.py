@@ -12,6 +12,8 @@ from ._compat import CACHE
 from .attention.pattern import Sparsity, check_whole_number
 
 ATTENTION_TYPES = ("block_sparse", "original_full")
+CHOICES = {"position_embedding_type": ("absolute", "rotary"), "norm_position": ("post", "pre")}
+"""Fields that hold one of a few words."""
 WHOLE_NUMBERS = {
     "vocab_size": 1,
     "hidden_size": 0,  # none yet; a model wants one
@@ -34,6 +36,8 @@ FLAGS = (
     "pattern_per_document",
     "computes_padding",
     "sparse_prediction",
+    "embedding_layer_norm",
+    "final_layer_norm",
     "is_decoder",
     "add_cross_attention",
     "tie_word_embeddings",
@@ -56,7 +60,7 @@ class BigBirdConfig(PretrainedConfig):
         hidden_dropout_prob (`float`, defaults to 0.1): dropout of embeddings, projections and heads.
         attention_probs_dropout_prob (`float`, defaults to 0.1): dropout of attention probabilities. Full attention
             only: block-sparse attention has none.
-        max_position_embeddings (`int`, defaults to 4096): longest input, in tokens.
+        max_position_embeddings (`int`, defaults to 4096): longest input, in tokens, unless positions are rotary.
         type_vocab_size (`int`, defaults to 2): number of token type ids.
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
         layer_norm_eps (`float`, defaults to 1e-12): epsilon of layer normalisation.
@@ -98,6 +102,19 @@ class BigBirdConfig(PretrainedConfig):
         random_plan_positions (`int`, *optional*): length, in tokens, for which random blocks are drawn; `None` means
             `max_position_embeddings`. `resize_position_embeddings` keeps it, so that a model with more positions reads
             the same random blocks as before.
+        position_embedding_type (`str`, defaults to `"absolute"`): `"absolute"` positions are learned and added to the
+            embeddings; `"rotary"` ones turn queries and keys. With these there is no longest input:
+            `max_position_embeddings` is the length for which random blocks are drawn, and nothing else.
+        rotary_dim (`int`, *optional*): numbers of each head that rotary positions turn, an even number; `None` means
+            all of them.
+        rope_theta (`float`, defaults to 10000.0): base of the angles of rotary positions.
+        norm_position (`str`, defaults to `"post"`): where layers normalise: `"post"`, what they add up, as BERT does;
+            or `"pre"`, what enters attention and the feed-forward part.
+        embedding_layer_norm (`bool`, defaults to `True`): whether embeddings are normalised.
+        final_layer_norm (`bool`, defaults to `True`): whether what leaves the last layer is normalised; without effect
+            unless `norm_position` is `"pre"`.
+        embedding_size (`int`, *optional*): width of the embeddings, from which a projection leads to `hidden_size`;
+            `None` means `hidden_size`, and no projection.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
         add_cross_attention (`bool`, defaults to `False`): whether the layers also read an encoder's states.
         tie_word_embeddings (`bool`, defaults to `True`): whether the language modelling head shares the embeddings.
@@ -147,6 +164,13 @@ class BigBirdConfig(PretrainedConfig):
         computes_padding=False,
         sparse_prediction=False,
         random_plan_positions=None,
+        position_embedding_type="absolute",
+        rotary_dim=None,
+        rope_theta=10000.0,
+        norm_position="post",
+        embedding_layer_norm=True,
+        final_layer_norm=True,
+        embedding_size=None,
         is_decoder=False,
         add_cross_attention=False,
         tie_word_embeddings=True,
@@ -183,6 +207,13 @@ class BigBirdConfig(PretrainedConfig):
         self.computes_padding = computes_padding
         self.sparse_prediction = sparse_prediction
         self.random_plan_positions = random_plan_positions
+        self.position_embedding_type = position_embedding_type
+        self.rotary_dim = rotary_dim
+        self.rope_theta = rope_theta
+        self.norm_position = norm_position
+        self.embedding_layer_norm = embedding_layer_norm
+        self.final_layer_norm = final_layer_norm
+        self.embedding_size = embedding_size
         # Newer transformers do not declare these three in the base class, and read them all the same.
         self.is_decoder = is_decoder
         self.add_cross_attention = add_cross_attention
@@ -221,8 +252,11 @@ class BigBirdConfig(PretrainedConfig):
         check_attention_type(self.attention_type)
         for field, least in WHOLE_NUMBERS.items():
             check_whole_number(field, getattr(self, field), least)
-        if self.random_plan_positions is not None:
-            check_whole_number("random_plan_positions", self.random_plan_positions, 1)
+        for field in ("random_plan_positions", "embedding_size"):
+            if getattr(self, field) is not None:
+                check_whole_number(field, getattr(self, field), 1)
+        for field, choices in CHOICES.items():
+            check_choice(field, getattr(self, field), choices)
         for field in FLAGS:
             check_flag(field, getattr(self, field))
         Sparsity.from_config(self)
@@ -233,6 +267,7 @@ class BigBirdConfig(PretrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
             )
+        self._check_rotation()
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             check_number(field, getattr(self, field), most=1)
         if self.classifier_dropout is not None:
@@ -243,6 +278,27 @@ class BigBirdConfig(PretrainedConfig):
         check_activation("hidden_act", self.hidden_act)
         if self.classifier_activation is not None:
             check_activation("classifier_activation", self.classifier_activation)
+
+    @property
+    def longest_input(self) -> int | None:
+        """How many positions there are; None for any number."""
+        return None if self.position_embedding_type == "rotary" else self.max_position_embeddings
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the embeddings."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    def _check_rotation(self):
+        check_number("rope_theta", self.rope_theta)
+        head_size = self.hidden_size // self.num_attention_heads
+        dim = head_size if self.rotary_dim is None else self.rotary_dim
+        check_whole_number("rotary_dim", dim, 0)
+        if self.position_embedding_type == "rotary" and (dim % 2 or not 0 < dim <= head_size or not self.rope_theta):
+            raise ValueError(
+                f"rotary_dim must be an even number from 2 to the size of a head ({head_size}), and rope_theta more "
+                f"than 0, but they are {self.rotary_dim} and {self.rope_theta}."
+            )
 
     def _check_token_ids(self):
         """Only the embeddings need one of these ids: that of padding, which may count from the end as in torch."""
@@ -298,7 +354,7 @@ class BigBirdConfig(PretrainedConfig):
     def __eq__(self, other):
         return isinstance(other, PretrainedConfig) and self.__dict__ == other.__dict__
 
-    __hash__ = None  # configurations can be changed
+    __hash__ = None  # type: ignore[assignment]  # configurations can be changed
 
 
 def is_whole_number(value) -> bool:
@@ -337,7 +393,12 @@ def check_activation(name, value):
         )
 
 
+def check_choice(name, value, choices):
+    """Raises a `ValueError` that names the field unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, but is {value!r}.")
+
+
 def check_attention_type(value):
     """Raises a `ValueError` unless `value` is one of `ATTENTION_TYPES`."""
-    if value not in ATTENTION_TYPES:
-        raise ValueError(f"attention_type must be 'block_sparse' or 'original_full', but is {value!r}.")
+    check_choice("attention_type", value, ATTENTION_TYPES)

@@ -1,16 +1,18 @@
-"""Makes BigBirds of other checkpoints: of BERT, RoBERTa and its kin, and of Google's original BigBirds."""
+"""Makes BigBirds of other checkpoints: of encoders of transformers, of GENA-LM, and of Google's original BigBirds."""
 
 import itertools
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from .configuration_big_bird import BigBirdConfig
@@ -26,9 +28,6 @@ from .modeling_heads import (
 )
 from .tf_checkpoint import find_checkpoint, read_index
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
-
-FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
-"""What the names of transformers' classes begin with, by `model_type`."""
 
 LANGUAGE_MODELS = (BigBirdForPreTraining, BigBirdForMaskedLM, BigBirdForCausalLM)
 HEADLESS = (BigBirdModel, BigBirdForQuestionAnswering)
@@ -98,15 +97,84 @@ GOOGLE_NAMES = (
 )
 
 
+DISTILBERT_NAMES = (
+    (r"^bert\.transformer\.", "bert.encoder."),
+    (r"\.attention\.q_lin\.", ".attention.self.query."),
+    (r"\.attention\.k_lin\.", ".attention.self.key."),
+    (r"\.attention\.v_lin\.", ".attention.self.value."),
+    (r"\.attention\.out_lin\.", ".attention.output.dense."),
+    (r"\.sa_layer_norm\.", ".attention.output.LayerNorm."),
+    (r"\.ffn\.lin1\.", ".intermediate.dense."),
+    (r"\.ffn\.lin2\.", ".output.dense."),
+    (r"\.output_layer_norm\.", ".output.LayerNorm."),
+    (r"^vocab_transform\.", "cls.predictions.transform.dense."),
+    (r"^vocab_layer_norm\.", "cls.predictions.transform.LayerNorm."),
+    (r"^vocab_projector\.", "cls.predictions.decoder."),
+)
+ELECTRA_NAMES = (
+    (r"^bert\.embeddings_project\.", "bert.embeddings.projection."),
+    (r"^generator_predictions\.", "cls.predictions.transform."),
+    (r"^generator_lm_head\.", "cls.predictions.decoder."),
+)
+ALBERT_NAMES = (
+    (r"^bert\.encoder\.embedding_hidden_mapping_in\.", "bert.embeddings.projection."),
+    (r"\.attention\.(query|key|value)\.", r".attention.self.\1."),
+    (r"\.attention\.(dense|LayerNorm)\.", r".attention.output.\1."),
+    (r"\.full_layer_layer_norm\.", ".output.LayerNorm."),
+    (r"\.ffn\.", ".intermediate.dense."),
+    (r"\.ffn_output\.", ".output.dense."),
+    (r"^predictions\.(dense|LayerNorm)\.", r"cls.predictions.transform.\1."),
+    (r"^predictions\.", "cls.predictions."),
+)
+ESM_NAMES = (
+    (r"^bert\.embeddings\.layer_norm\.", "bert.embeddings.LayerNorm."),
+    (r"^bert\.encoder\.emb_layer_norm_after\.", "bert.encoder.LayerNorm."),
+)
+GENA_NAMES = (
+    (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
+    (r"\.pre_attention_ln\.", ".attention.LayerNorm."),
+    (r"\.post_attention_ln\.", ".LayerNorm."),
+    (r"\.last_layer_ln\.", ".LayerNorm."),
+)
+
+
 @dataclass
 class Source:
-    """What a checkpoint has to give: fields of our configuration, weights under the names of our task models."""
+    """What a checkpoint has to give: fields of our configuration, weights under the names of our task models.
+    `defaults` are fields that the caller may choose otherwise."""
 
     model_class: type
     fields: dict
     weights: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase | None = None
     generation_config: GenerationConfig | None = None
+    defaults: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of source differs from BERT.
+
+    prefix: what the names of transformers' classes begin with.
+    names: rules that make our names of its own.
+    fields: names that fields of our configuration have in its.
+    heads: endings of the classes whose heads we have, too.
+    counts_from_padding: whether positions are counted from behind the id of padding, as RoBERTa does.
+    head_activation: of language modelling; None for the one of the configuration.
+    classifier_activation: of sequence classification.
+    positions: the kinds of positions that can be converted.
+    adapt: takes the source and its configuration, and changes what else has to be.
+    """
+
+    prefix: str
+    names: tuple = ()
+    fields: dict = field(default_factory=dict)
+    heads: tuple = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+    counts_from_padding: bool = False
+    head_activation: str | None = None
+    classifier_activation: str = "tanh"
+    positions: tuple = ("absolute",)
+    adapt: Callable[[Source, PretrainedConfig], None] = lambda origin, config: None
 
 
 def convert_checkpoint(source, target, max_position_embeddings=4096, *, architecture=None, **fields):
@@ -119,12 +187,23 @@ def convert_checkpoint(source, target, max_position_embeddings=4096, *, architec
     RoBERTa counts positions from the first token that is not padding, BigBird from the beginning of the tensor. Pass
     `position_ids` where padding stands on the left.
 
+    What a source has beyond that is told by a warning, or refused:
+
+    * ALBERT: the shared layers become layers of their own, alike at first.
+    * Longformer: the window is widened to whole blocks, and there are no random blocks, unless `fields` say otherwise.
+      Short inputs are those of half its window. Its global attention is ours (`global_attention_mask`), but for
+      projections of its own: where these differ from the local ones, they are left out.
+    * ESM: inputs without mask tokens get its logits; others are not scaled by the share of mask tokens.
+    * GENA-LM: its random blocks are drawn anew, and inputs that our pattern reads in full are read so, where its own
+      is sparse at all lengths. With rotary positions, as ESM has them, too, inputs can have any length.
+
     Args:
-        source: a checkpoint of BERT, RoBERTa, XLM-RoBERTa or CamemBERT, as a folder or a name on the Hub; or one of
-            Google's TensorFlow checkpoints of BigBird, as the path of its `.index` file, with or without the ending,
-            or as the folder of that.
+        source: a checkpoint of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, Longformer, ESM or
+            GENA-LM, as a folder or a name on the Hub; or one of Google's TensorFlow checkpoints of BigBird, as the
+            path of its `.index` file, with or without the ending, or as the folder of that.
         target: the folder to write, which must be new or empty.
-        max_position_embeddings: longest input of the new model, in tokens.
+        max_position_embeddings: longest input of the new model, in tokens; with rotary positions the length for which
+            random blocks are drawn.
         architecture: the class of the new model, by name (`"BigBirdForMaskedLM"`); by default the counterpart of the
             source's own.
         **fields: other fields of `BigBirdConfig`, such as `block_size` or `num_random_blocks`; where the heads of one
@@ -145,8 +224,9 @@ def convert_checkpoint(source, target, max_position_embeddings=4096, *, architec
     determined = sorted(fields.keys() & origin.fields.keys())
     if determined:
         raise ValueError(f"{', '.join(determined)} cannot be chosen: the source {source} determines it.")
-    origin.weights[POSITIONS] = _repeat_positions(origin.weights[POSITIONS], max_position_embeddings)
-    fields = {"num_attention_heads": origin.fields["hidden_size"] // HEAD_SIZE} | fields | origin.fields
+    if POSITIONS in origin.weights:
+        origin.weights[POSITIONS] = _repeat_positions(origin.weights[POSITIONS], max_position_embeddings)
+    fields = origin.defaults | fields | origin.fields
     model = _build(origin, BigBirdConfig(max_position_embeddings=max_position_embeddings, **fields))
     model.save_pretrained(target)
     if origin.tokenizer is not None:
@@ -185,10 +265,11 @@ def _build(origin: Source, config: BigBirdConfig):
     return model.to(origin.weights[WORDS].dtype).eval()
 
 
-def _choose_class(architecture, names, source) -> tuple[type, type | None]:
+def _choose_class(architecture, names, source, kind) -> tuple[type, type | None]:
     """The class named by `architecture`, or else by the first of `names`; and what the latter names, if anything."""
-    own = _counterpart(names[0]) if names else None
-    chosen = own if architecture is None else _counterpart(architecture)
+    own = _counterpart(names[0], kind.prefix) if names else None
+    own = own if own in HEADLESS or _has_head(kind, own, own) else None
+    chosen = own if architecture is None else _counterpart(architecture, kind.prefix)
     if chosen is None:
         classes = ", ".join(model.__name__ for model in MODELS)
         raise ValueError(
@@ -198,11 +279,14 @@ def _choose_class(architecture, names, source) -> tuple[type, type | None]:
     return chosen, own
 
 
-def _counterpart(architecture: str) -> type | None:
-    """Our class for the name of one of transformers' or our own."""
-    prefixes = "|".join(("BigBird", *FAMILIES.values()))
-    ending = re.sub(f"^({prefixes})", "", architecture.replace("LMHeadModel", "ForCausalLM"))
+def _counterpart(architecture: str, prefix: str) -> type | None:
+    """Our class for the name of one of transformers', which begins with `prefix`, or of our own."""
+    ending = re.sub(f"^(BigBird|{prefix})", "", architecture.replace("LMHeadModel", "ForCausalLM"))
     return {model.__name__: model for model in MODELS}.get(f"BigBird{ending}")
+
+
+def _ending(model_class: type) -> str:
+    return model_class.__name__.removeprefix("BigBird")
 
 
 def _rename(name: str, rules) -> str:
@@ -212,81 +296,118 @@ def _rename(name: str, rules) -> str:
 
 
 def _split_classifier(weights) -> None:
-    """BERT's classifier is the pooling layer and one more. Ours has both of them to itself."""
+    """BERT's classifier is the pooling layer and one more, DistilBERT's a layer of its own and one more. Ours has both
+    of them to itself."""
     for part in ("weight", "bias"):
         if f"classifier.{part}" in weights:
             weights[f"classifier.out_proj.{part}"] = weights.pop(f"classifier.{part}")
-            weights[f"classifier.dense.{part}"] = weights[f"bert.pooler.{part}"]
+            first = "pre_classifier" if f"pre_classifier.{part}" in weights else "bert.pooler"
+            weights[f"classifier.dense.{part}"] = weights[f"{first}.{part}"]
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# BERT, RoBERTa and its kin
+# Encoders of transformers, and GENA-LM
 # -------------------------------------------------------------------------------------------------------------------
 
 
 def _from_transformers(source, architecture) -> Source:
     config = AutoConfig.from_pretrained(source)
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{source} is a checkpoint of model type {config.model_type!r}. Those that can be converted are "
-            f"{', '.join(FAMILIES)}, and Google's TensorFlow checkpoints of BigBird."
-        )
-    model_class, own_class = _choose_class(architecture, config.architectures, source)
-    _check_config(config, model_class, source)
+    kind = _kind_of(config, source)
+    model_class, own_class = _choose_class(architecture, config.architectures, source, kind)
+    _check_config(kind, config, model_class, source)
+    if model_class in LANGUAGE_MODELS and not _has_head(kind, None, model_class):
+        missing = kind.prefix + _ending(model_class)
+        raise ValueError(f"{source} cannot become a {model_class.__name__}: {config.model_type} has no {missing}.")
     tokenizer = _load_tokenizer(source)
-    origin = Source(model_class, {}, _load_weights(source, config, "Model"), tokenizer)
-    _fit_embeddings(origin.weights, config)
-    origin.fields.update({name: getattr(config, name) for name in CARRIED_FIELDS}, **_special_ids(config, tokenizer))
-    origin.fields["type_vocab_size"] = len(origin.weights[TOKEN_TYPES])
+    origin = Source(model_class, _fields(kind, config), _load_weights(source, kind, "Model"), tokenizer)
+    origin.fields |= _special_ids(kind, config, tokenizer)
     # Who asks for a decoder shall get one. Otherwise the source knows what it is.
-    origin.fields["is_decoder"] = config.is_decoder or (model_class is BigBirdForCausalLM is not own_class)
-    if _has_head(own_class, model_class):
+    is_decoder = getattr(config, "is_decoder", False)
+    origin.fields["is_decoder"] = is_decoder or (model_class is BigBirdForCausalLM is not own_class)
+    if _has_head(kind, own_class, model_class):
         origin.fields.update({name: getattr(config, name) for name in LABEL_FIELDS})
-        origin.weights.update(_load_weights(source, config, model_class.__name__.removeprefix("BigBird")))
+        origin.weights.update(_load_weights(source, kind, _ending(model_class)))
+    _fit_embeddings(origin, kind, config)
+    kind.adapt(origin, config)
     if model_class is BigBirdForSequenceClassification:
-        origin.fields["classifier_activation"] = "tanh"
+        origin.fields["classifier_activation"] = kind.classifier_activation
         _split_classifier(origin.weights)
     if model_class is BigBirdForCausalLM and _has_file(source, "generation_config.json"):
         origin.generation_config = GenerationConfig.from_pretrained(source)
     return origin
 
 
-def _check_config(config, model_class, source) -> None:
+def _kind_of(config, source) -> Kind:
+    model_type = config.model_type
+    if model_type in NOT_CONVERTED:
+        raise ValueError(f"{source} is a checkpoint of model type {model_type!r}, {NOT_CONVERTED[model_type]}")
+    if model_type not in KINDS:
+        raise ValueError(
+            f"{source} is a checkpoint of model type {model_type!r}. Those that can be converted are "
+            f"{', '.join(KINDS)}, GENA-LM's, and Google's TensorFlow checkpoints of BigBird."
+        )
+    is_gena = any(hasattr(config, name) for name in ("pre_layer_norm", "sparse_attention", "rotary_base"))
+    return GENA if model_type == "bert" and is_gena else KINDS[model_type]
+
+
+def _check_config(kind, config, model_class, source) -> None:
     """Refuses what BigBird has nothing for."""
     positions = getattr(config, "position_embedding_type", "absolute")
-    if positions != "absolute":
-        raise ValueError(f"{source} has {positions!r} position embeddings. Only absolute ones can be converted.")
-    if config.model_type != "bert" and model_class in LANGUAGE_MODELS and config.hidden_act != "gelu":
+    if positions not in kind.positions:
         raise ValueError(
-            f"{source} has hidden_act={config.hidden_act!r}, but its language modelling head uses 'gelu'. "
-            "A BigBird has one activation for all its parts."
+            f"{source} has {positions!r} position embeddings. Of such models only {' and '.join(kind.positions)} ones "
+            "can be converted."
+        )
+    if model_class in LANGUAGE_MODELS and kind.head_activation and kind.head_activation != config.hidden_act:
+        raise ValueError(
+            f"{source} has hidden_act={config.hidden_act!r}, but its language modelling head uses "
+            f"{kind.head_activation!r}. A BigBird has one activation for all its parts."
         )
 
 
-def _has_head(own_class, model_class) -> bool:
+def _has_head(kind, own_class, model_class) -> bool:
     """Whether the head of a source of `own_class` (None: not known) fits `model_class`."""
-    if model_class in HEADLESS:
+    if model_class is None or _ending(model_class) not in kind.heads:
         return False
     return own_class in (None, model_class) or (own_class in LANGUAGE_MODELS and model_class in LANGUAGE_MODELS)
 
 
-def _load_weights(source, config, ending) -> dict[str, Tensor]:
+def _fields(kind, config) -> dict:
+    """The fields of our configuration that the source has, whatever it calls them."""
+    names = {name: kind.fields.get(name, name) for name in CARRIED_FIELDS}
+    return {name: getattr(config, theirs) for name, theirs in names.items() if hasattr(config, theirs)}
+
+
+def _load_weights(source, kind, ending) -> dict[str, Tensor]:
     """The weights, under our names, that the source has for the class with this ending: of the encoder ("Model"), or
     of a head alone."""
-    class_name = (FAMILIES[config.model_type] + ending).replace("BertForCausalLM", "BertLMHeadModel")
-    if not hasattr(transformers, class_name):
-        raise ValueError(f"{source} cannot become a BigBird{ending}: {config.model_type} has no {class_name}.")
-    with _without_messages():
-        model, report = getattr(transformers, class_name).from_pretrained(
-            source, dtype="auto", output_loading_info=True
-        )
-    weights = {name: weight for name, weight in model.state_dict().items() if name not in report["missing_keys"]}
-    if ending == "Model":
-        weights = {f"bert.{name}": weight for name, weight in weights.items()}
+    if kind is GENA:
+        weights = {_rename(name, GENA_NAMES): weight for name, weight in _read_weights(source).items()}
+        is_wanted = {name: name.startswith("bert.") == (ending == "Model") for name in weights}
+        weights = {name: weight for name, weight in weights.items() if is_wanted[name]}
     else:
-        encoder = f"{model.base_model_prefix}."
-        weights = {name: weight for name, weight in weights.items() if not name.startswith(encoder)}
-    return {_rename(name, TRANSFORMERS_NAMES): weight for name, weight in weights.items()}
+        weights = _weights_of_class(source, (kind.prefix + ending).replace("BertForCausalLM", "BertLMHeadModel"))
+    return {_rename(name, (*kind.names, *TRANSFORMERS_NAMES)): weight for name, weight in weights.items()}
+
+
+def _weights_of_class(source, class_name) -> dict[str, Tensor]:
+    model_class = getattr(transformers, class_name)
+    with _without_messages():
+        model, report = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
+    weights = {name: weight for name, weight in model.state_dict().items() if name not in report["missing_keys"]}
+    if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
+        return {f"bert.{name}": weight for name, weight in weights.items()}
+    encoder = f"{model.base_model_prefix}."
+    return {name: weight for name, weight in weights.items() if not name.startswith(encoder)}
+
+
+def _read_weights(source) -> dict[str, Tensor]:
+    """The tensors in the file of a model that transformers has no class for."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if _has_file(source, name):
+            file = str(cached_file(source, name))
+            return load_file(file) if name.endswith("safetensors") else torch.load(file, weights_only=True)
+    raise ValueError(f"{source} has neither model.safetensors nor pytorch_model.bin.")
 
 
 @contextmanager
@@ -300,16 +421,167 @@ def _without_messages():
         logging.set_verbosity(verbosity)
 
 
-def _fit_embeddings(weights, config) -> None:
+def _fit_embeddings(origin, kind, config) -> None:
     """Removes the rows of RoBERTa that come before its first position, and doubles its only token type: BigBird's
-    question answering tells the question from the document by two."""
-    if config.model_type != "bert":
+    question answering tells the question from the document by two. A source without token types gets zeros."""
+    weights = origin.weights
+    if kind.counts_from_padding and POSITIONS in weights:
         weights[POSITIONS] = weights[POSITIONS][config.pad_token_id + 1 :]
-    if len(weights[TOKEN_TYPES]) == 1:
-        weights[TOKEN_TYPES] = weights[TOKEN_TYPES].repeat(2, 1)
+    types = weights.get(TOKEN_TYPES, torch.zeros_like(weights[WORDS][:1]))
+    weights[TOKEN_TYPES] = types.repeat(2, 1) if len(types) == 1 else types
+    origin.fields["type_vocab_size"] = len(weights[TOKEN_TYPES])
 
 
-def _special_ids(config, tokenizer) -> dict[str, int | None]:
+def _adapt_electra(origin, config) -> None:
+    if config.embedding_size != config.hidden_size:
+        origin.fields["embedding_size"] = config.embedding_size
+
+
+def _adapt_albert(origin, config) -> None:
+    """Gives each layer weights of its own, those that it shares with others."""
+    inner, groups = config.inner_group_num, config.num_hidden_groups
+    shared = {name: weight for name, weight in origin.weights.items() if ".albert_layer_groups." in name}
+    for name, weight in shared.items():
+        group, layer = map(int, re.findall(r"\.(\d+)\.", name))
+        ending = re.sub(r".*\.albert_layers\.\d+\.", "", name)
+        del origin.weights[name]
+        for turn in range(config.num_hidden_layers):
+            if turn * groups // config.num_hidden_layers == group:
+                origin.weights[f"bert.encoder.layer.{turn * inner + layer}.{ending}"] = weight
+    origin.fields |= {"num_hidden_layers": config.num_hidden_layers * inner, "embedding_size": config.embedding_size}
+
+
+def _adapt_longformer(origin, config) -> None:
+    """Its window in blocks, and what becomes of the projections of its global attention."""
+    windows = config.attention_window if isinstance(config.attention_window, list) else [config.attention_window]
+    blocks = -(-(max(windows) // 2) // BigBirdConfig().block_size)
+    origin.defaults = {"num_sliding_window_blocks": 2 * blocks + 1, "num_random_blocks": 0}
+    projections = [name for name in origin.weights if "_global." in name]
+    if all(torch.equal(origin.weights[name], origin.weights[name.replace("_global", "")]) for name in projections):
+        return
+    lost = "query_global, key_global and value_global of the source differ from its query, key and value"
+    if origin.model_class in (BigBirdForSequenceClassification, BigBirdForMultipleChoice):
+        raise ValueError(
+            f"{lost}, and {origin.model_class.__name__} tells by tokens that use them: BigBird has one projection for "
+            "all tokens. Convert the encoder (architecture='BigBirdModel'), and train a head."
+        )
+    warnings.warn(f"{lost}. They are left out: tokens that are global use the latter.", stacklevel=4)
+
+
+def _adapt_esm(origin, config) -> None:
+    origin.fields |= {"hidden_act": "gelu", "norm_position": "pre"}
+    origin.fields["embedding_layer_norm"] = bool(config.emb_layer_norm_before)
+    if config.position_embedding_type == "rotary":
+        origin.fields |= {"position_embedding_type": "rotary", "rope_theta": getattr(config, "rope_theta", 10000.0)}
+    if config.token_dropout:
+        words = origin.weights[WORDS] * (1 - 0.15 * 0.8)  # ESM's own factor for inputs without mask tokens
+        words[config.mask_token_id] = 0
+        origin.weights[WORDS] = words
+        origin.fields["tie_word_embeddings"] = False
+        warnings.warn(
+            "token_dropout of the source scales embeddings by the share of mask tokens in an input. BigBird scales "
+            "them as for inputs without any.",
+            stacklevel=4,
+        )
+
+
+def _adapt_gena(origin, config) -> None:
+    """Layer normalisation, rotary positions, and the pattern that DeepSpeed's configuration names."""
+    is_pre = getattr(config, "pre_layer_norm", False)
+    origin.fields["norm_position"] = "pre" if is_pre else "post"
+    origin.fields["final_layer_norm"] = getattr(config, "last_layer_norm", is_pre)
+    if getattr(config, "position_embedding_type", "absolute") == "rotary":
+        origin.fields["position_embedding_type"] = "rotary"
+        origin.fields["rotary_dim"] = getattr(config, "rotary_dim", None)
+        origin.fields["rope_theta"] = config.rotary_base
+    pattern = dict(getattr(config, "sparse_attention", None) or {})
+    name = getattr(config, "sparse_config_cls", DEEPSPEED_BIGBIRD)
+    if not name.endswith(DEEPSPEED_BIGBIRD) or pattern.get("attention", "bidirectional") != "bidirectional":
+        raise ValueError(
+            f"sparse_config_cls is {name!r} with {pattern}. Only {DEEPSPEED_BIGBIRD}, and that of encoders, "
+            "can be converted."
+        )
+    if pattern:
+        origin.defaults = {
+            "block_size": pattern.get("block", 16),
+            "num_random_blocks": pattern.get("num_random_blocks", 1),
+            "num_sliding_window_blocks": pattern.get("num_sliding_window_blocks", 3),
+            "global_block_indices": list(range(pattern.get("num_global_blocks", 1))),
+            "different_layout_per_head": pattern.get("different_layout_per_head", False),
+        }
+        warnings.warn(
+            "The source reads random blocks that were drawn once (master_layout). BigBird draws its own.", stacklevel=4
+        )
+
+
+DEEPSPEED_BIGBIRD = "BigBirdSparsityConfig"
+ROBERTA_HEADS = (
+    "ForMaskedLM",
+    "ForCausalLM",
+    "ForSequenceClassification",
+    "ForMultipleChoice",
+    "ForTokenClassification",
+)
+
+
+def _roberta(prefix: str) -> Kind:
+    return Kind(prefix, heads=ROBERTA_HEADS, counts_from_padding=True, head_activation="gelu")
+
+
+KINDS = {
+    "bert": Kind("Bert", heads=(*ROBERTA_HEADS, "ForPreTraining")),
+    "roberta": _roberta("Roberta"),
+    "xlm-roberta": _roberta("XLMRoberta"),
+    "camembert": _roberta("Camembert"),
+    "distilbert": Kind(
+        "DistilBert",
+        DISTILBERT_NAMES,
+        {
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+            "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
+            "classifier_dropout": "seq_classif_dropout",
+        },
+        classifier_activation="relu",
+    ),
+    "electra": Kind(
+        "Electra",
+        ELECTRA_NAMES,
+        heads=("ForMaskedLM", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
+        head_activation="gelu",
+        classifier_activation="gelu",
+        adapt=_adapt_electra,
+    ),
+    "albert": Kind(
+        "Albert",
+        ALBERT_NAMES,
+        {"classifier_dropout": "classifier_dropout_prob"},
+        heads=("ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification"),
+        adapt=_adapt_albert,
+    ),
+    "longformer": Kind(
+        "Longformer",
+        heads=("ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification"),
+        counts_from_padding=True,
+        head_activation="gelu",
+        adapt=_adapt_longformer,
+    ),
+    "esm": Kind("Esm", ESM_NAMES, counts_from_padding=True, positions=("absolute", "rotary"), adapt=_adapt_esm),
+}
+"""Kinds of source, by `model_type`."""
+GENA = Kind("Bert", heads=KINDS["bert"].heads, positions=("absolute", "rotary"), adapt=_adapt_gena)
+"""BERT with layer normalisation before attention, rotary positions, or DeepSpeed's sparse attention."""
+NOT_CONVERTED = {
+    "mpnet": "whose attention adds a learned bias for the distance of two tokens (relative_attention_bias) to each "
+    "score. BigBird has nothing for it.",
+    "modernbert": "whose feed-forward parts are gated (GeGLU), and most layers of which read nothing but the tokens "
+    "around each, with rotary positions of another base (local_rope_theta). BigBird has nothing for it.",
+}
+"""Model types for which BigBird has no parts, with the reason."""
+
+
+def _special_ids(kind, config, tokenizer) -> dict[str, int | None]:
     """Ids of the special tokens, from the configuration, or else from the tokenizer."""
     ids = {}
     for token in SPECIAL_TOKENS:
@@ -317,7 +589,7 @@ def _special_ids(config, tokenizer) -> dict[str, int | None]:
         ids[name] = getattr(config, name, None)
         if ids[name] is None:
             ids[name] = getattr(tokenizer, name, None)
-    if ids["sep_token_id"] is None and config.model_type != "bert":
+    if ids["sep_token_id"] is None and kind.counts_from_padding:
         ids["sep_token_id"] = ids["eos_token_id"]
     return ids
 
@@ -363,11 +635,12 @@ def _from_google(checkpoint, architecture) -> Source:
         own = "BigBirdForPreTraining" if "cls.seq_relationship.bias" in weights else "BigBirdForMaskedLM"
     else:
         own = "BigBirdModel"
-    model_class, _ = _choose_class(architecture, [own], checkpoint)
+    model_class, _ = _choose_class(architecture, [own], checkpoint, KINDS["bert"])
     tokenizer = None
     if fields["vocab_size"] == BigBirdConfig().vocab_size:
         tokenizer = BigBirdTokenizerFast(str(GOOGLE_VOCABULARY))
-    return Source(model_class, fields, weights, tokenizer)
+    defaults = {"num_attention_heads": fields["hidden_size"] // HEAD_SIZE}
+    return Source(model_class, fields, weights, tokenizer, defaults=defaults)
 
 
 def _google_weight(name, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +203,7 @@ def _vendor_is_amd() -> bool:
         return False
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `layer` is nothing but a product with its weight."""
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_watched(layer)
 
@@ -211,13 +212,13 @@ def _suits(weight: Tensor, states: Tensor) -> bool:
     return weight.dtype == states.dtype and weight.device == states.device and states.numel() > 0
 
 
-def _has_product_with_gelu(layer: nn.Module, states: Tensor) -> bool:
+def _has_product_with_gelu(layer: nn.Linear, states: Tensor) -> bool:
     """Whether CUDA's product computes the activation, too. The operator is not part of torch's public interface."""
     is_cuda = states.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
     return is_cuda and layer.bias is not None and hasattr(torch, "_addmm_activation")
 
 
-def _product_with_gelu(layer: nn.Module, states: Tensor) -> Tensor:
+def _product_with_gelu(layer: nn.Linear, states: Tensor) -> Tensor:
     product = torch._addmm_activation(layer.bias, states.flatten(0, -2), layer.weight.t(), use_gelu=True)
     return product.unflatten(0, states.shape[:-1])
 
@@ -282,10 +283,9 @@ def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Modul
     size = pieces_at_once(batch * width * torch.float32.itemsize)
     if size >= length or any(module.training or is_watched(module) for module in modules):
         return function(*tensors)
-    result = None
     for piece in runs(0, length, size):
         part = function(*(tensor[:, piece.start : piece.stop] for tensor in tensors))
-        if result is None:
+        if piece.start == 0:
             result = part.new_empty(part.shape[0], length, *part.shape[2:])
         result[:, piece.start : piece.stop] = part
     return result

@@ -53,7 +53,7 @@ def _read_zeros(registers: np.ndarray, of_bits: np.ndarray) -> np.ndarray:
 
 
 def _make_table() -> np.ndarray:
-    registers = np.arange(256, dtype=np.uint32)
+    registers: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         registers = registers >> 1 ^ (registers & 1) * np.uint32(POLYNOMIAL)
     return registers

@@ -57,7 +57,7 @@ def _cpu() -> str:
 
 
 def _auto_model() -> str:
-    model_class = AutoModel._model_mapping[BigBirdConfig]
+    model_class: type = AutoModel._model_mapping[BigBirdConfig]  # type: ignore[assignment]  # annotated for tokenizers
     return f"{model_class.__module__}.{model_class.__name__}"
 
 

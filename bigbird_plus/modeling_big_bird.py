@@ -1,5 +1,7 @@
 """BigBird, from embeddings to `BigBirdModel` (arXiv 2007.14062)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GradientCheckpointingLayer, PreTrainedModel
@@ -26,6 +28,7 @@ from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
+from .attention.rotary import Rotation, make_rotation
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, in_pieces, is_watched, linear
 
@@ -60,17 +63,29 @@ def the_cache(past_key_values, cache):
     return cache if past_key_values is None else past_key_values
 
 
+def the_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Ids or embeddings, whichever are given.
+
+    Raises:
+        ValueError: if both are, or neither.
+    """
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+
+
 def positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, flattened) -> Tensor | None:
     """The positions of rows that hold several documents, see `attention.documents`; None if each holds one."""
-    shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    shape = the_inputs(input_ids, inputs_embeds).shape[:2]
     position_ids = document_positions(position_ids, attention_mask, shape, flattened)
     return position_ids if holds_documents(position_ids, attention_mask) else None
 
 
 def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_size: int) -> None:
     """Raises a `ValueError` that names what does not fit: ids of another shape would be read for other tokens."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give either input_ids or inputs_embeds: one of them, and not both.")
+    inputs = the_inputs(input_ids, inputs_embeds)
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
         raise ValueError(
             f"input_ids must be whole numbers of the shape [batch, length], but are {input_ids.dtype} of "
@@ -80,7 +95,7 @@ def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_
         raise ValueError(
             f"inputs_embeds must have the shape [batch, length, {hidden_size}], but have {list(inputs_embeds.shape)}."
         )
-    batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    batch, length = inputs.shape[:2]
     if length == 0:
         raise ValueError("The input has the length 0. Give at least one token.")
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
@@ -110,21 +125,35 @@ def first_states(states: Tensor, attention_mask: Tensor | None, config, position
     return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
+def layer_norm(config, applies: bool = True, width: int | None = None) -> nn.Module:
+    """Normalisation of the hidden states, or none."""
+    return nn.LayerNorm(width or config.hidden_size, eps=config.layer_norm_eps) if applies else nn.Identity()
+
+
 class BigBirdEmbeddings(nn.Module):
-    """Tokens, positions and token types, added and normalised."""
+    """Tokens, positions unless they are rotary, and token types, added and normalised."""
+
+    position_ids: Tensor
+    token_type_ids: Tensor
 
     def __init__(self, config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = config.embedding_width
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = None
+        if config.position_embedding_type == "absolute":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = layer_norm(config, config.embedding_layer_norm, width)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        has_projection = config.embedding_size is not None
+        self.projection = nn.Linear(width, config.hidden_size) if has_projection else nn.Identity()
+        self.width = width
         self.hidden_size = config.hidden_size
         self.rescale_embeddings = config.rescale_embeddings
         self.num_extra_global_tokens = config.num_extra_global_tokens
         if config.num_extra_global_tokens:
-            self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, config.hidden_size)
+            self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, width)
         self.register_position_ids(config.max_position_embeddings)
 
     def register_position_ids(self, count: int, device: torch.device | None = None) -> None:
@@ -147,15 +176,17 @@ class BigBirdEmbeddings(nn.Module):
         Args:
             input_ids, token_type_ids: by default all tokens are of type 0.
             position_ids: `[batch or 1, length]`, by default those behind `past_key_values_length` earlier tokens.
-            inputs_embeds: `[batch, length, hidden_size]`, in the place of `input_ids`.
+            inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             cache_length: another name of `past_key_values_length`.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, or ids have another shape.
         """
-        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.hidden_size)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
+        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.width)
+        inputs = the_inputs(input_ids, inputs_embeds)
+        if position_ids is None and self.position_embeddings is None:
+            position_ids = torch.zeros(1, inputs.shape[1], dtype=torch.int64, device=inputs.device)  # of no meaning
+        elif position_ids is None:
             first = past_key_values_length or cache_length
             position_ids = self.position_ids[:, first : first + inputs.shape[1]]
         if token_type_ids is None:
@@ -167,8 +198,10 @@ class BigBirdEmbeddings(nn.Module):
         words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
         if self.rescale_embeddings:
             words = words * self.hidden_size**0.5
-        embeddings = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
-        return self.LayerNorm(self.dropout(embeddings))
+        embeddings = words + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self.position_embeddings(position_ids)
+        return self.projection(self.LayerNorm(self.dropout(embeddings)))
 
     def append_extra_tokens(self, hidden_states: Tensor, documents: int) -> Tensor:
         """`hidden_states`, `[batch, length, hidden_size]`, and behind them the extra global tokens, if there are any:
@@ -177,7 +210,8 @@ class BigBirdEmbeddings(nn.Module):
             return hidden_states
         ids = torch.arange(self.num_extra_global_tokens, device=hidden_states.device)
         tokens = self.extra_global_tokens(ids).expand(documents, -1, -1)
-        tokens = self.LayerNorm(self.dropout(tokens)).reshape(hidden_states.shape[0], -1, tokens.shape[-1])
+        tokens = self.projection(self.LayerNorm(self.dropout(tokens)))
+        tokens = tokens.reshape(hidden_states.shape[0], -1, tokens.shape[-1])
         return torch.cat((hidden_states, tokens), dim=1)
 
 
@@ -241,17 +275,27 @@ class BigBirdSelfAttention(nn.Module):
                 "encoder_hidden_states and encoder_attention_mask are for cross-attention, and this is "
                 "self-attention: call layer.crossattention, which a model with add_cross_attention=True has."
             )
-        key, value = self.keys_and_values(hidden_states)
         past_key_values = the_cache(past_key_values, cache)
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
+        cache_idx = self.layer_idx if cache_idx is None else cache_idx
+        rotation = self._rotation(hidden_states, attention_mask, past_key_values, cache_position, cache_idx)
+        query = self.queries(hidden_states, rotation)
+        key, value = self.keys_and_values(hidden_states, rotation)
         if past_key_values is not None:
-            cache_idx = self.layer_idx if cache_idx is None else cache_idx
             key, value = past_key_values.update(key, value, cache_idx, {"cache_position": cache_position})
-        return self._attend(hidden_states, key, value, attention_mask, head_mask, output_attentions)
+        return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
 
-    def _attend(self, hidden_states, key, value, attention_mask, head_mask, output_attentions):
-        query = self.queries(hidden_states)
+    def _rotation(self, hidden_states, attention_mask, cache, cache_position, cache_idx) -> Rotation | None:
+        """As the plan says, or alone that of the places behind what the cache holds."""
+        if isinstance(attention_mask, Plan):
+            return attention_mask.rotation
+        if cache_position is None:
+            past = 0 if cache is None else cache.get_seq_length(cache_idx)
+            cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+        return make_rotation(self.config, cache_position[None])
+
+    def _attend(self, query, key, value, attention_mask, head_mask, output_attentions):
         plan = how_to_read(attention_mask, self, query, key.shape[2])
         context, probabilities = plan.attend(self, query, key, value, output_attentions)
         if head_mask is not None:
@@ -287,18 +331,19 @@ class BigBirdSelfAttention(nn.Module):
         """The share of probabilities that full attention drops now."""
         return self.dropout.p if self.dropout.training else 0.0
 
-    def queries(self, states: Tensor) -> Tensor:
+    def queries(self, states: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
-        return self._split_heads(linear(self.query, states))
+        return self._split_heads(linear(self.query, states), rotation)
 
-    def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in the shape of the queries."""
-        return self._split_heads(linear(self.key, states)), self._split_heads(linear(self.value, states))
+    def keys_and_values(self, states: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """Both in the shape of the queries. Values are not turned."""
+        return self._split_heads(linear(self.key, states), rotation), self._split_heads(linear(self.value, states))
 
-    def _split_heads(self, states: Tensor) -> Tensor:
-        """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`."""
+    def _split_heads(self, states: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`, turned."""
         # Not `unflatten`: the graphs of `torch.onnx.export(..., dynamo=False)` would take the length for a constant.
-        return states.view(*states.shape[:-1], self.num_attention_heads, self.attention_head_size).transpose(1, 2)
+        states = states.view(*states.shape[:-1], self.num_attention_heads, self.attention_head_size)
+        return (states if rotation is None else rotation.turn(states)).transpose(1, 2)
 
 
 class BigBirdCrossAttention(BigBirdSelfAttention):
@@ -309,19 +354,19 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: None = None,
+        attention_mask: Plan | Tensor | None = None,
         head_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: FullPart | Tensor | None = None,
         past_key_values=None,
         output_attentions: bool = False,
-        cache_position: None = None,
+        cache_position: Tensor | None = None,
         cache=None,
         cache_idx: int | None = None,
         **block_masks,
     ) -> tuple[Tensor, Tensor | None]:
         """As `BigBirdSelfAttention.forward`, but `encoder_hidden_states`, `[batch, source length, hidden_size]`, are
-        read, with a mask or plan in `encoder_attention_mask`."""
+        read, with a mask or plan in `encoder_attention_mask`; `attention_mask` must be None."""
         refuse_block_masks(**block_masks)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states must be given: cross-attention reads nothing else.")
@@ -332,7 +377,8 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
             )
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         key, value = self._cached_keys_and_values(encoder_hidden_states, the_cache(past_key_values, cache), cache_idx)
-        return self._attend(hidden_states, key, value, encoder_attention_mask, head_mask, output_attentions)
+        query = self.queries(hidden_states)
+        return self._attend(query, key, value, encoder_attention_mask, head_mask, output_attentions)
 
     def _cached_keys_and_values(self, encoder_hidden_states, past_key_values, cache_idx):
         cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
@@ -347,12 +393,12 @@ class BigBirdCrossAttention(BigBirdSelfAttention):
 
 
 class BigBirdOutput(nn.Module):
-    """A projection back to the hidden size, added to what went in, and normalised."""
+    """A projection back to the hidden size, added to what went in, and normalised, unless that is done before."""
 
     def __init__(self, config, input_size=None):
         super().__init__()
         self.dense = nn.Linear(input_size or config.intermediate_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = layer_norm(config, config.norm_position == "post")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -379,12 +425,13 @@ class BigBirdAttention(nn.Module):
     def __init__(self, config, seed=None, is_cross_attention=False):
         super().__init__()
         attention_class = BigBirdCrossAttention if is_cross_attention else BigBirdSelfAttention
+        self.LayerNorm = layer_norm(config, config.norm_position == "pre")
         self.self = attention_class(config, layer_idx=seed)
         self.output = BigBirdSelfOutput(config)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """The new hidden states and the probabilities or None; arguments as those of the attention within."""
-        context, probabilities = self.self(hidden_states, *args, **kwargs)
+        context, probabilities = self.self(self.LayerNorm(hidden_states), *args, **kwargs)
         return self.output(context, hidden_states), probabilities
 
     @property
@@ -439,6 +486,7 @@ class BigBirdLayer(GradientCheckpointingLayer):
         self.attention = BigBirdAttention(config, seed)
         if config.add_cross_attention:
             self.crossattention = BigBirdAttention(config, seed, is_cross_attention=True)
+        self.LayerNorm = layer_norm(config, config.norm_position == "pre")
         self.intermediate = BigBirdIntermediate(config)
         self.output = BigBirdOutput(config)
 
@@ -487,12 +535,12 @@ class BigBirdLayer(GradientCheckpointingLayer):
         if self.chunk_size_feed_forward:  # any size will do: a packed batch is no multiple of it
             chunks = hidden_states.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
-        modules = (self.intermediate, self.output)
+        modules = (self.LayerNorm, self.intermediate, self.output)
         return in_pieces(self.feed_forward_chunk, hidden_states, width=self.intermediate_size, modules=modules)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
-        return self.output(self.intermediate(attention_output), attention_output)
+        return self.output(self.intermediate(self.LayerNorm(attention_output)), attention_output)
 
     @property
     def attention_type(self) -> str:
@@ -519,24 +567,31 @@ class BigBirdLayer(GradientCheckpointingLayer):
         if document is None or not is_streamable(document[0]):
             states.copy_(self(states, plan)[0])
         else:
-            self._stream_document(states, *document, size)
+            self._stream_document(states, *document, plan.rotation, size)
 
     def tokens_at_once(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""
         return pieces_at_once(self.intermediate_size * hidden_states.element_size())
 
-    def _stream_document(self, states, pattern, key_mask, size):
+    def _stream_document(self, states, pattern, key_mask, rotation, size):
         attention, block_size = self.attention.self, pattern.block_size
         first, last = pattern.first_row * block_size, pattern.last_row * block_size
+
+        def entering(states, *places):
+            return self.attention.LayerNorm(states), rotation and rotation.of(*places)
+
         ends = torch.cat((states[:, :first], states[:, last:]), dim=1)
-        asked, read = attention.queries(ends), attention.keys_and_values(ends)
+        of_ends = entering(ends, slice(first), slice(last, None))
+        asked, read = attention.queries(*of_ends), attention.keys_and_values(*of_ends)
         stream = Stream(pattern, asked, *read, key_mask, scaling=attention.scaling)
         for rows in runs(pattern.first_row, pattern.last_row, max(1, size // block_size)):
             blocks = stream.blocks_before(rows)
             if blocks:
-                stream.read(*attention.keys_and_values(states[:, stream.tokens(blocks)]))
-            run = states[:, stream.tokens(rows)]
-            run.copy_(self._after_attention(stream.attend(rows, attention.queries(run)), run))
+                near = stream.tokens(blocks)
+                stream.read(*attention.keys_and_values(*entering(states[:, near], near)))
+            own = stream.tokens(rows)
+            run = states[:, own]
+            run.copy_(self._after_attention(stream.attend(rows, attention.queries(*entering(run, own))), run))
         ends = self._after_attention(stream.outer_context(), ends)
         states[:, :first], states[:, last:] = ends[:, :first], ends[:, first:]
 
@@ -551,6 +606,7 @@ class BigBirdEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layer = nn.ModuleList(BigBirdLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.LayerNorm = layer_norm(config, config.norm_position == "pre" and config.final_layer_norm)
         self.gradient_checkpointing = False
 
     def forward(
@@ -584,16 +640,21 @@ class BigBirdEncoder(nn.Module):
         refuse_block_masks(
             band_mask=band_mask, from_mask=from_mask, to_mask=to_mask, blocked_encoder_mask=blocked_encoder_mask
         )
+        if isinstance(attention_mask, Plan):
+            plan = attention_mask = attention_mask.rotated(self.config, hidden_states)
+        else:
+            batch, length = hidden_states.shape[:2]
+            plan = Plan((), batch, length, positions=torch.arange(length)[None])
         if streams:
-            return self._stream(hidden_states, attention_mask)
+            return self._stream(hidden_states, plan)
         past_key_values = the_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        is_planned = isinstance(attention_mask, Plan)
-        plan = attention_mask if is_planned else Plan((), *hidden_states.shape[:2], positions=None)
         how = {"past_key_values": past_key_values, "output_attentions": output_attentions}
         how |= {"cache_position": cache_position}
-        all_hidden_states, attentions, cross_attentions = (), (), ()
+        all_hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Tensor, ...] = ()
+        cross_attentions: tuple[Tensor, ...] = ()
         for cache_idx, layer in enumerate(self.layer):
             if output_hidden_states:
                 all_hidden_states += (plan.leave(hidden_states),)
@@ -604,7 +665,7 @@ class BigBirdEncoder(nn.Module):
             hidden_states, *probabilities = (outputs,) if isinstance(outputs, Tensor) else outputs
             attentions += tuple(plan.leave_probabilities(own) for own in probabilities[:1])
             cross_attentions += tuple(probabilities[1:])
-        hidden_states = plan.leave(hidden_states)
+        hidden_states = plan.leave(self.LayerNorm(hidden_states))
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
@@ -615,9 +676,12 @@ class BigBirdEncoder(nn.Module):
         return output if return_dict else output.to_tuple()
 
     def _stream(self, hidden_states, plan):
-        for states, own_plan in plan.shares(hidden_states, self.layer[0].tokens_at_once(hidden_states)):
+        size = self.layer[0].tokens_at_once(hidden_states)
+        for states, own_plan in plan.shares(hidden_states, size):
             for layer in self.layer:
                 layer.stream(states, own_plan)
+            for run in states.split(size, dim=1):
+                run.copy_(self.LayerNorm(run))
         return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states))
 
     @property
@@ -657,6 +721,8 @@ class BigBirdPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _supports_context_parallel = False
     _can_compile_fullgraph = True
+    if TYPE_CHECKING:
+        base_model: "BigBirdModel"
 
     def __init__(self, config, *args, **kwargs):
         """Takes a `BigBirdConfig`, or transformers' own."""
@@ -697,8 +763,18 @@ class BigBirdPreTrainedModel(PreTrainedModel):
             module.position_ids.copy_(torch.arange(module.position_ids.shape[1]))
 
     def get_position_embeddings(self) -> nn.Embedding:
-        """The position embeddings, `[max_position_embeddings, hidden_size]`."""
-        return self.base_model.embeddings.position_embeddings
+        """The position embeddings, `[max_position_embeddings, config.embedding_width]`.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        embeddings = self.base_model.embeddings.position_embeddings
+        if embeddings is None:
+            raise ValueError(
+                f"There are no position embeddings, as position_embedding_type is "
+                f"{self.config.position_embedding_type!r}: inputs can have any length, and nothing needs resizing."
+            )
+        return embeddings
 
     def resize_position_embeddings(self, new_num_position_embeddings: int, method: str = "tile") -> None:
         """Gives the model another number of positions, and says so in its configuration.
@@ -709,7 +785,8 @@ class BigBirdPreTrainedModel(PreTrainedModel):
                 outputs for short inputs as they were; `"interpolate"` stretches them.
 
         Raises:
-            ValueError: for another method, for fewer than one position, or if something has wrapped the embeddings.
+            ValueError: for another method, for fewer than one position, if something has wrapped the embeddings, or
+                if positions are rotary.
         """
         check_whole_number("new_num_position_embeddings", new_num_position_embeddings, 1)
         if method not in ("tile", "interpolate"):
@@ -839,10 +916,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
             attention_mask: 1 where a token is real, 0 where it is padding, `[batch, length]`. With full attention
                 also `[batch, queries, keys]` and `[batch, 1 or heads, queries, keys]`, see `masks.expand_mask`.
             token_type_ids: `int64`, `[batch, length]`, below `config.type_vocab_size`; zeros by default.
-            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings`; counted from the first
-                place of the tensor by default, padding included.
+            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings` unless they are rotary;
+                counted from the first place of the tensor by default, padding included.
             head_mask: `[heads]` or `[layers, heads]`: what the output of each attention head is multiplied by.
-            inputs_embeds: `[batch, length, hidden_size]`, in the place of `input_ids`.
+            inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             encoder_hidden_states: `[batch, source length, hidden_size]`, for a decoder with cross-attention.
             encoder_attention_mask: `[batch, source length]`, as `attention_mask`.
             past_key_values: a cache of transformers, or the tuple of pairs of earlier versions.
@@ -866,7 +943,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
                 while `torch.onnx.export(..., dynamo=False)` traces a model that can read sparsely.
         """
         self._check(input_ids, inputs_embeds, token_type_ids, position_ids, attention_mask)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = the_inputs(input_ids, inputs_embeds)
         position_ids = document_positions(position_ids, attention_mask, inputs.shape[:2], kwargs)
         given_cache = the_cache(past_key_values, cache)
         has_documents = given_cache is None and holds_documents(position_ids, attention_mask)
@@ -906,16 +983,17 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _check(self, input_ids, inputs_embeds, token_type_ids, position_ids, attention_mask):
         refuse_context_parallel()
         self._refuse_onnx_tracer()
-        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.config.hidden_size)
+        check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.config.embedding_width)
         if input_ids is not None and may_read_values(input_ids) and not self.config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
     def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
-        """What enters the layers. Of a packed batch only what is packed is embedded, unless somebody watches: hooks
-        are shown the batch."""
+        """What enters the layers. In inference only what is packed of a packed batch is embedded, unless somebody
+        watches: hooks are shown the batch. (In training checkpointing adds a hook, and shall drop the same.)"""
         given = (input_ids, token_type_ids, plan.positions, inputs_embeds)
-        if plan.packing is None or type(self.embeddings) is not BigBirdEmbeddings or is_watched(self.embeddings):
+        is_ours = type(self.embeddings) is BigBirdEmbeddings and not is_watched(self.embeddings)
+        if plan.packing is None or torch.is_grad_enabled() or not is_ours:
             return plan.enter(self.embeddings(*given))
         packed = (
             None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
@@ -958,7 +1036,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""
         is_traced = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
-        sparsity, longest = Sparsity.from_config(self.config), self.config.max_position_embeddings
+        sparsity, longest = Sparsity.from_config(self.config), self.config.longest_input or torch.inf
         if is_traced and is_sparse(sparsity, self.attention_type, longest):
             raise ValueError(
                 "torch.onnx.export(..., dynamo=False) cannot express block-sparse attention. Use dynamo=True, or call "

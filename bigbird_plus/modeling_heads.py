@@ -30,6 +30,7 @@ from .modeling_big_bird import (
     first_places,
     first_states,
     positions_of_documents,
+    the_inputs,
 )
 
 logger = logging.get_logger(__name__)
@@ -114,6 +115,8 @@ ONE_DOCUMENT = (
 class _TaskModel(BigBirdPreTrainedModel):
     """What all models with a head share: how they call `BigBirdModel`, and how they answer."""
 
+    bert: BigBirdModel
+
     def _read(self, inputs: tuple, asked: tuple, **kwargs):
         """What `BigBirdModel` makes of its first six arguments, `inputs`; `asked` are `output_attentions`,
         `output_hidden_states` and `global_attention_mask`."""
@@ -148,12 +151,12 @@ class BigBirdPredictionHeadTransform(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
         self.transform_act_fn = activation_function(config.hidden_act)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., hidden_size]` of the same."""
+        """`[..., embedding_size]` from `[..., hidden_size]`; both are the same unless the configuration says so."""
         return self.LayerNorm(linear(self.dense, hidden_states, self.transform_act_fn))
 
 
@@ -163,7 +166,7 @@ class BigBirdLMPredictionHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.transform = BigBirdPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -610,7 +613,7 @@ class BigBirdForMultipleChoice(_TaskModel):
         Args:
             labels: `int64`, `[batch]`: the right choice.
         """
-        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        num_choices = the_inputs(input_ids, inputs_embeds).shape[1]
         if position_ids is not None and holds_documents(_without_choices(position_ids), None):
             raise ValueError(ONE_DOCUMENT)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
@@ -755,7 +758,7 @@ class BigBirdForQuestionAnswering(_TaskModel):
             start_positions, end_positions: `int64`, `[batch]`: first and last token of the answer. Those beyond the
                 input do not count.
         """
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        length = the_inputs(input_ids, inputs_embeds).shape[1]
         if holds_documents(position_ids, attention_mask):
             raise ValueError(ONE_DOCUMENT)
         in_question = self._question_mask(input_ids, question_lengths, length)

@@ -1,7 +1,10 @@
 """Question answering on documents of any length, as a pipeline of transformers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 from transformers.pipelines.base import ChunkPipeline
 
 from .attention.pattern import check_whole_number
@@ -20,10 +23,12 @@ class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
     as `max_question_len` says. Answers begin and end with no white space.
     """
 
-    _load_tokenizer = True
-    _load_processor = False
-    _load_feature_extractor = False
-    _load_image_processor = False
+    # `Pipeline` declares these for itself: None, and tokenizers of the slow kind.
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    tokenizer: PreTrainedTokenizerFast  # type: ignore[assignment]
 
     def __call__(self, *args, question=None, context=None, **parameters):
         """Answers questions.
@@ -238,6 +243,7 @@ def _examples(args, question, context):
 
 def _question_and_context(example) -> tuple[str, str]:
     """The two texts of an example."""
+    texts: dict[str, Any]
     if isinstance(example, dict):
         texts = {name: example.get(name) for name in ("question", "context")}
     else:

@@ -173,8 +173,10 @@ def _block_entries(path, content: bytes, handle: bytes):
 
 def _fields(message: bytes) -> dict[int, list]:
     """The fields of a protocol buffer by their number: integers, or bytes for what is nested."""
-    fields, position = {}, 0
+    fields: dict[int, list[int | bytes]] = {}
+    position = 0
     while position < len(message):
+        value: int | bytes
         tag, position = _varint(message, position)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == 0:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer, PreTrainedTokenizerBase
 
 VOCAB_FILE_NAME = "spiece.model"
 TOKENIZER_FILE_NAME = "tokenizer.json"
@@ -113,10 +113,10 @@ def settings_without(reserved: set[str], kwargs: dict[str, Any]) -> dict[str, An
     return kwargs
 
 
-class BigBirdTokenizerMixin:
+class BigBirdTokenizerMixin(PreTrainedTokenizerBase):
     """What the two BigBird tokenizers have in common: the layout `[CLS] A [SEP] B [SEP]`, padding and saving."""
 
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    model_input_names = ["input_ids", "attention_mask"]
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
@@ -202,7 +202,7 @@ class BigBirdTokenizer(BigBirdTokenizerMixin, PreTrainedTokenizer):
         ValueError: `vocab_file` is missing or is no SentencePiece model.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCAB_FILE_NAME}
+    vocab_files_names = {"vocab_file": VOCAB_FILE_NAME}
 
     def __init__(
         self,

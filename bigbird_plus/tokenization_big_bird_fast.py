@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -119,7 +119,7 @@ def install_pipeline(backend: Tokenizer, pieces: list[TypedPiece], charsmap: byt
     backend.decoder = text_decoder(mask)
 
 
-def check_supported(proto: sentencepiece_model_pb2.ModelProto, vocab_file: str | os.PathLike) -> None:
+def check_supported(proto: sentencepiece_model_pb2.ModelProto, vocab_file: str | os.PathLike | None) -> None:
     """Raise a `ValueError` for a SentencePiece model that the `tokenizers` package cannot follow to the letter."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     problems = {
@@ -133,7 +133,7 @@ def check_supported(proto: sentencepiece_model_pb2.ModelProto, vocab_file: str |
     found = [problem for problem, present in problems.items() if present]
     if found:
         raise ValueError(
-            f"vocab_file {os.fspath(vocab_file)!r} has no exact equivalent in the `tokenizers` package, as "
+            f"vocab_file {str(vocab_file)!r} has no exact equivalent in the `tokenizers` package, as "
             f"{' and '.join(found)}: use BigBirdTokenizer."
         )
 
@@ -212,11 +212,11 @@ class BigBirdTokenizerFast(BigBirdTokenizerMixin, PreTrainedTokenizerFast):
         ValueError: there is no file, or it cannot be read, or its SentencePiece model has no exact equivalent.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {
+    vocab_files_names = {
         "vocab_file": VOCAB_FILE_NAME,
         "tokenizer_file": TOKENIZER_FILE_NAME,
     }
-    slow_tokenizer_class = BigBirdTokenizer
+    slow_tokenizer_class = BigBirdTokenizer  # type: ignore[assignment]  # declared as None, meant as a class
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
@@ -262,7 +262,7 @@ class BigBirdTokenizerFast(BigBirdTokenizerMixin, PreTrainedTokenizerFast):
         super().__init__(tokenizer_object=backend, vocab_file=vocab_file, **tokens, **kwargs)
         self.vocab_file = vocab_file
         self._add_tokens(list(tokens.values()), special_tokens=True)  # saved flags may differ
-        if self._tokenizer.post_processor is None:
+        if self.backend_tokenizer.post_processor is None:
             self.update_post_processor()
 
     def update_post_processor(self) -> None:
@@ -270,7 +270,7 @@ class BigBirdTokenizerFast(BigBirdTokenizerMixin, PreTrainedTokenizerFast):
         self._add_bos_token = self._add_eos_token = False
         cls, sep = self.cls_token, self.sep_token
         single = [f"{cls}:0", "$A:0", f"{sep}:0"]
-        self._tokenizer.post_processor = processors.TemplateProcessing(
+        self.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=single,
             pair=[*single, "$B:1", f"{sep}:1"],
             special_tokens=[(cls, self.cls_token_id), (sep, self.sep_token_id)],

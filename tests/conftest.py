@@ -17,11 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before our kernels are defined: Triton's interpreter runs them on the CPU
 
 from bigbird_plus import BigBirdConfig, BigBirdForMaskedLM  # noqa: E402
+from bigbird_plus.cli import main  # noqa: E402
 from bigbird_plus.demo import DATA  # noqa: E402
 
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
@@ -44,6 +46,29 @@ def checkpoint(tmp_path_factory) -> Path:
     settings = {"tokenizer_class": "BigBirdTokenizer", "model_max_length": config.max_position_embeddings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture
+def run_command(capsys, quiet_transformers):
+    """`run_command("env")`: what the command prints, which must succeed."""
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert not exit_info.value.code, printed.err
+        return printed.out
+
+    return run
+
+
+@pytest.fixture
+def quiet_transformers():
+    """The command silences transformers for its process; here the process goes on."""
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Small models, and transformers' own BigBird with the same weights to compare them with."""
 
+import pytest
 import torch
 import transformers
 
@@ -15,6 +16,11 @@ TASK_MODELS = (
     "BigBirdForQuestionAnswering",
 )
 MODELS = ("BigBirdModel", *TASK_MODELS)
+
+
+def few_are_quick(names, quick=("BigBirdModel", "BigBirdForCausalLM")):
+    """Parameters of a test that takes its time: all of `names`, and some of them where slow tests are left out."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def tiny_settings(**overrides) -> dict:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 import bigbird_plus
 from bigbird_plus import auto
 
+from . import fresh
 from .peers import MODELS, tiny_settings
 
 
@@ -19,11 +20,6 @@ from .peers import MODELS, tiny_settings
 def registered():
     yield
     bigbird_plus.register()
-
-
-def run_script(script):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def snapshot():
@@ -68,7 +64,7 @@ def test_unregistering_restores_every_table(registered):
     assert snapshot() == theirs
 
 
-def test_unregistering_leaves_what_a_fresh_transformers_has():
+def test_unregistering_leaves_what_a_fresh_transformers_has(tmp_path):
     script = """
 from transformers.models.auto import configuration_auto, tokenization_auto
 import transformers
@@ -82,7 +78,7 @@ model = transformers.AutoModel.from_config(transformers.BigBirdConfig(
     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=37))
 assert type(model).__module__.startswith("transformers."), type(model)
 """
-    run_script(script)
+    fresh.run(script, folder=tmp_path)
 
 
 def test_a_folder_leads_to_our_classes(checkpoint):
@@ -169,7 +165,7 @@ found += [type(transformers.AutoModel.from_config(transformers.BigBirdConfig(num
 """
 
 
-def test_replacing_the_built_in_classes():
+def test_replacing_the_built_in_classes(tmp_path):
     """And putting them back, whether they had been asked for before or not."""
     script = f"""
 import transformers
@@ -189,11 +185,11 @@ bigbird_plus.register()
 {IMPORTS}
 assert [one.__module__.startswith("bigbird_plus.") for one in found] == [False] * 10 + [True], found
 """
-    run_script(script)
+    fresh.run(script, folder=tmp_path)
 
 
 @pytest.mark.parametrize("first", ["peft", "bigbird_plus"])
-def test_adapters_know_where_to_go(first):
+def test_adapters_know_where_to_go(first, tmp_path):
     """In whatever order the two are imported; PEFT is not imported by ours."""
     script = f"""
 import sys
@@ -210,22 +206,22 @@ assert "big_bird" not in table
 bigbird_plus.register()
 assert table["big_bird"] == table["bert"]
 """
-    run_script(script)
+    fresh.run(script, folder=tmp_path)
 
 
-def test_adapters_do_not_know_what_is_not_registered():
+def test_adapters_do_not_know_what_is_not_registered(tmp_path):
     script = """
 import bigbird_plus
 bigbird_plus.unregister()
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
 assert "big_bird" not in table
 """
-    run_script(script)
+    fresh.run(script, folder=tmp_path)
 
 
-@pytest.mark.parametrize("flags", [[], ["-W", "error"]])
-def test_importing_prints_nothing(flags):
-    done = subprocess.run([sys.executable, *flags, "-c", "import bigbird_plus"], capture_output=True, text=True)
+def test_importing_prints_nothing_and_warns_of_nothing():
+    command = [sys.executable, "-W", "error", "-c", "import bigbird_plus"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -4,13 +4,12 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from matplotlib.image import imread
 from rich.console import Console
 
 from bigbird_plus import bench
@@ -27,19 +26,16 @@ def can_measure_memory() -> bool:
     return True
 
 
-def test_command(tmp_path):
-    """A small run in a process of its own: figures, picture and table, and they agree."""
+@pytest.mark.slow
+def test_command(run_command, tmp_path, monkeypatch):
+    """A small run: figures, picture and table, and they agree."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
     arguments = ["--lengths", "768", "--layers", "1", "--repeats", "3", "--plot", "out.png", "--json", "out.json"]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    ran = subprocess.run(
-        [sys.executable, "-m", "bigbird_plus.cli", "bench", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    shown = run_command("bench", *arguments)
+    picture = imread("out.png")
+    assert min(picture.shape[:2]) >= 400
+    assert 0.01 < (picture[..., :3] < 0.9).any(-1).mean() < 0.5  # lines and text on white
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["settings"]["lengths"] == [768]
     assert report["settings"]["dtype"] == "float32"
@@ -51,12 +47,12 @@ def test_command(tmp_path):
     assert list(rows) == ["bigbird_plus", BUILT_IN, DENSE]
     ours = rows["bigbird_plus"]
     for name, row in rows.items():
-        assert name in ran.stdout
+        assert name in shown
         assert row["fits"]
         assert len(row["seconds_of_repeats"]) == 3
         assert row["seconds_per_layer"] == statistics.median(row["seconds_of_repeats"]) > 0
         assert row["time_ratio"] == row["seconds_per_layer"] / ours["seconds_per_layer"]
-        assert f"{row['seconds_per_layer'] * 1e3:,.1f}" in ran.stdout
+        assert f"{row['seconds_per_layer'] * 1e3:,.1f}" in shown
         if can_measure_memory():
             assert row["peak_bytes"] > 768 * bench.INTERMEDIATE * 4  # the widest states alone
             assert row["memory_ratio"] == row["peak_bytes"] / ours["peak_bytes"]

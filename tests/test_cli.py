@@ -5,16 +5,18 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
 import bigbird_plus
+from bigbird_plus.attention.pattern import KINDS_OF_READING
 from bigbird_plus.cli import main
 from bigbird_plus.demo import document, mask_words
 from bigbird_plus.heatmap import layer_attention
@@ -24,22 +26,7 @@ from .peers import make_model, tiny_settings
 SENTENCE = "Plants create [MASK] through a process known as photosynthesis."
 
 
-@pytest.fixture(autouse=True)
-def quiet_transformers():
-    """The command silences transformers for its process; here the process goes on."""
-    verbosity = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
-
-
-def run(capsys, *arguments) -> str:
-    """What a command that succeeds prints."""
-    with pytest.raises(SystemExit) as exit_info:
-        main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    assert not exit_info.value.code, printed.err
-    return printed.out
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def refusal(capsys, *arguments) -> str:
@@ -55,8 +42,8 @@ def refusal(capsys, *arguments) -> str:
     return line
 
 
-def test_demo(capsys):
-    shown = run(capsys, "demo")
+def test_demo(run_command):
+    shown = run_command("demo")
     assert "King James" in shown
     assert "bigbird_plus.BigBirdForMaskedLM" in shown
     assert re.search(r"attention type +block_sparse", shown)
@@ -75,8 +62,8 @@ def test_mask_words_can_be_undone():
     assert text == document()
 
 
-def test_env(capsys):
-    shown = run(capsys, "env")
+def test_env(run_command):
+    shown = run_command("env")
     assert re.search(rf"bigbird_plus +{re.escape(bigbird_plus.__version__)}\s", shown)
     assert re.search(rf"transformers +{re.escape(transformers.__version__)}\s", shown)
     assert re.search(r"AutoModel gives +bigbird_plus", shown)
@@ -84,9 +71,9 @@ def test_env(capsys):
     assert re.search(rf"block-sparse flash_attention_2 is +{engine}", shown)
 
 
-def test_env_on_a_cpu_tells_training_apart(capsys, monkeypatch):
+def test_env_on_a_cpu_tells_training_apart(run_command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    shown = run(capsys, "env")
+    shown = run_command("env")
     assert re.search(r"block-sparse flex_attention is +flex_attention, and merged in training", shown)
     assert re.search(r"not triton, as +the kernels are for NVIDIA's GPUs", shown)
 
@@ -96,37 +83,57 @@ def predictions(shown: str) -> list[tuple[str, str]]:
     return re.findall(r"│ (\d+) +│ .+? +│ (\S+) +│", shown)
 
 
-def test_fill_mask(capsys, checkpoint):
-    rows = predictions(run(capsys, "fill-mask", "--model", checkpoint, SENTENCE))
+def test_fill_mask(run_command, checkpoint):
+    rows = predictions(run_command("fill-mask", "--model", checkpoint, SENTENCE))
     assert [number for number, _ in rows] == ["1"] * 5
     probabilities = [float(probability) for _, probability in rows]
     assert probabilities == sorted(probabilities, reverse=True)
     assert 0 < probabilities[-1] < 1
 
 
-def test_fill_mask_with_two_masks_from_standard_input(capsys, checkpoint, monkeypatch):
+def test_fill_mask_with_two_masks_from_standard_input(run_command, checkpoint, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{SENTENCE}\nAnimals [MASK] them.\n"))
-    rows = predictions(run(capsys, "fill-mask", "--model", checkpoint, "--top-k", "2"))
+    rows = predictions(run_command("fill-mask", "--model", checkpoint, "--top-k", "2"))
     assert [number for number, _ in rows] == ["1", "1", "2", "2"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--evaluation"]])
-def test_plot_attention(capsys, tmp_path, flags):
-    picture = tmp_path / "attention.png"
-    assert run(capsys, "plot-attention", picture, "--length", "1000", *flags) == f"{picture}\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def colours_of(picture) -> dict[str, float]:
+    """The colours of a picture that is large enough to be read, and the share of each."""
+    pixels = np.rint(255 * imread(picture)[..., :3]).astype(int)
+    assert min(pixels.shape[:2]) >= 400
+    colours, counts = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_counts=True)
+    return {f"#{colour:06x}": count / counts.sum() for colour, count in zip(colours, counts, strict=True)}
 
 
-def test_plot_attention_of_a_model(capsys, tmp_path, checkpoint):
-    assert run(capsys, "plot-attention", tmp_path / "a.svg", "--model", checkpoint, "--head", "1")
+def texts_of(drawing) -> set[str]:
+    """What is written in an SVG, whose letters are outlines: matplotlib notes the text before them."""
+    return set(re.findall(r"<!-- (.+?) -->", drawing.read_text()))
+
+
+@pytest.mark.parametrize(("flags", "kind"), [([], "random"), (["--evaluation"], "first block, repeated")])
+def test_plot_attention(run_command, tmp_path, flags, kind):
+    """A picture in the colours of the kinds of reading that its legend names."""
+    kinds = {"none", "window", "global", kind}
+    for name in ("attention.png", "attention.svg"):
+        shown = run_command("plot-attention", tmp_path / name, "--length", "1000", *flags)
+        assert shown == f"{tmp_path / name}\n"
+    colours = colours_of(tmp_path / "attention.png")
+    assert {colour for colour, share in colours.items() if share > 0.01} == {
+        "#ffffff", *(KINDS_OF_READING[name] for name in kinds),
+    }  # fmt: skip
+    assert kinds | {"1,000 tokens in blocks of 64"} <= texts_of(tmp_path / "attention.svg")
+
+
+def test_plot_attention_of_a_model(run_command, tmp_path, checkpoint):
+    assert run_command("plot-attention", tmp_path / "a.svg", "--model", checkpoint, "--head", "1")
     assert "4,096 tokens in blocks of 64" in (tmp_path / "a.svg").read_text()
 
 
-def test_plot_attention_as_long_as_the_model_reads(capsys, tmp_path):
+def test_plot_attention_as_long_as_the_model_reads(run_command, tmp_path):
     demo = bigbird_plus.demo_checkpoint()
-    assert run(capsys, "plot-attention", tmp_path / "a", "--model", demo) == f"{tmp_path / 'a.png'}\n"
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    run(capsys, "plot-attention", tmp_path / "a.svg", "--model", demo)
+    assert run_command("plot-attention", tmp_path / "a", "--model", demo) == f"{tmp_path / 'a.png'}\n"
+    assert KINDS_OF_READING["random"] in colours_of(tmp_path / "a.png")
+    run_command("plot-attention", tmp_path / "a.svg", "--model", demo)
     assert "2,048 tokens in blocks of 32" in (tmp_path / "a.svg").read_text()
 
 
@@ -151,21 +158,21 @@ def demo_attention(length=None, **which):
     return layer_attention(model, ids, **which), tokenizer.convert_ids_to_tokens(ids[0])
 
 
-def test_heatmap_of_a_file(capsys, tmp_path, plotted):
+def test_heatmap_of_a_file(run_command, tmp_path, plotted):
     picture, demo = tmp_path / "heatmap.png", bigbird_plus.demo_checkpoint()
-    shown = run(capsys, "plot-attention", picture, "--heatmap", "--model", demo, "--document", demo / "excerpt.txt")
+    shown = run_command("plot-attention", picture, "--heatmap", "--model", demo, "--document", demo / "excerpt.txt")
     assert shown == f"{picture}\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(colours_of(picture)) > 50  # of a continuous scale
     ((probabilities, tokens),) = plotted
     expected, expected_tokens = demo_attention()
     assert tokens == expected_tokens
     assert torch.equal(probabilities, expected)
 
 
-def test_heatmap_of_standard_input_for_one_head(capsys, tmp_path, monkeypatch, plotted):
+def test_heatmap_of_standard_input_for_one_head(run_command, tmp_path, monkeypatch, plotted):
     monkeypatch.setattr(sys, "stdin", io.StringIO(document()))
     options = ["--model", bigbird_plus.demo_checkpoint(), "--length", "500", "--layer", "1", "--head", "2"]
-    run(capsys, "plot-attention", tmp_path / "a.svg", "--heatmap", *options)
+    run_command("plot-attention", tmp_path / "a.svg", "--heatmap", *options)
     assert "layer 1, head 2" in (tmp_path / "a.svg").read_text()
     ((probabilities, tokens),) = plotted
     expected, expected_tokens = demo_attention(length=500, layer=1, head=2)
@@ -173,11 +180,11 @@ def test_heatmap_of_standard_input_for_one_head(capsys, tmp_path, monkeypatch, p
     assert torch.equal(probabilities, expected)
 
 
-def test_convert(capsys, tmp_path):
+def test_convert(run_command, tmp_path):
     config = transformers.BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     arguments = ["--max-position-embeddings", "2048", "--architecture", "BigBirdModel"]
-    shown = run(capsys, "convert", tmp_path / "bert", tmp_path / "out", *arguments)
+    shown = run_command("convert", tmp_path / "bert", tmp_path / "out", *arguments)
     assert shown == f"{tmp_path / 'out'}: BigBirdModel for inputs of up to 2,048 tokens\n"
     model = transformers.AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(model, bigbird_plus.BigBirdModel)
@@ -185,13 +192,13 @@ def test_convert(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file", "standard input"])
-def test_qa(capsys, tmp_path, checkpoint, monkeypatch, place):
+def test_qa(run_command, tmp_path, checkpoint, monkeypatch, place):
     file = tmp_path / "document.txt"
     file.write_text(document(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(document().encode())))
     name = file if place == "file" else "-"
     arguments = ["--model", checkpoint, "--question", "Who?", "--document", name, "--top-k", "3", "--no-answer"]
-    rows = re.findall(r"│ (.+?) +│ (\d+) to (\d+) +│ (\S+) +│", run(capsys, "qa", *arguments))
+    rows = re.findall(r"│ (.+?) +│ (\d+) to (\d+) +│ (\S+) +│", run_command("qa", *arguments))
     assert len(rows) == 3
     for answer, start, end, score in rows:
         found = document()[int(start) : int(end)]
@@ -236,43 +243,40 @@ def test_a_head_that_the_checkpoint_has_not_is_told(capsys, tmp_path, checkpoint
 
 
 @pytest.mark.parametrize("bytes_in_utf8", [True, False])
-def test_a_picture_with_a_name_that_is_no_text(tmp_path, bytes_in_utf8):
+def test_a_picture_with_a_name_that_is_no_text(run_command, tmp_path, monkeypatch, bytes_in_utf8):
     """Files on Linux can have any. What is printed need be read by people only."""
     name = os.fsdecode("caf\xe9.png".encode("utf-8" if bytes_in_utf8 else "latin-1"))
-    command = [sys.executable, "-m", "bigbird_plus.cli", "plot-attention", os.path.join(tmp_path, name)]
-    done = subprocess.run([*command, "--length", "1000"], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode() == f"{tmp_path}/{name if bytes_in_utf8 else 'caf?.png'}\n"
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", "surrogateescape"))  # as in a shell
+    run_command("plot-attention", os.path.join(tmp_path, name), "--length", "1000")
+    sys.stdout.flush()
+    assert printed.getvalue().decode() == f"{tmp_path}/{name if bytes_in_utf8 else 'caf?.png'}\n"
     assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)]
 
 
-def bert(tmp_path) -> Path:
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    return tmp_path / "bert"
-
-
 @pytest.fixture(scope="module")
-def misfits(tmp_path_factory, checkpoint) -> dict[str, Path]:
+def places(tmp_path_factory, checkpoint) -> dict[str, Path]:
+    """By name: checkpoints, most of which are of no use, an empty folder, and texts, most of which are none."""
+    folder = tmp_path_factory.mktemp("places")
+    for name in ("bert", "empty"):
+        (folder / name).mkdir()
+    (folder / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    make_misfits(folder, checkpoint)
+    shutil.copytree(checkpoint, folder / "broken")
+    (folder / "broken" / "model.safetensors").write_text("no weights")
+    texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    return {"checkpoint": checkpoint, **{path.name: path for path in folder.iterdir()}}
+
+
+def make_misfits(folder, checkpoint):
     """Checkpoints of parts that do not fit: a vocabulary for a larger model, and weights for one as well."""
-    folder = tmp_path_factory.mktemp("misfits")
     make_model("BigBirdForMaskedLM", vocab_size=1000).save_pretrained(folder / "small")
     for name in ("spiece.model", "tokenizer_config.json"):
         shutil.copyfile(checkpoint / name, folder / "small" / name)
     shutil.copytree(folder / "small", folder / "smaller")
     bigbird_plus.BigBirdConfig(**tiny_settings(vocab_size=990)).save_pretrained(folder / "smaller")
-    return {name: folder / name for name in ("small", "smaller")}
-
-
-def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
-    """By name: an empty folder, a checkpoint whose weights are none, and texts, most of which are of no use."""
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(checkpoint, tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").write_text("no weights")
-    texts = {"text": b"A text.", "nothing": b" \n", "latin": "Caf\xe9".encode("latin-1"), "long": b"word " * 5000}
-    for name, content in texts.items():
-        (tmp_path / name).write_bytes(content)
-    return {name: tmp_path / name for name in ("empty", "broken", *texts)}
 
 
 @pytest.mark.parametrize(
@@ -343,9 +347,8 @@ def wrong_files(tmp_path, checkpoint) -> dict[str, Path]:
         (["bench", "--json", "no/folder/out.json"], "There is no folder to write no/folder/out.json to"),
     ],
 )
-def test_wrong_input(capsys, checkpoint, misfits, tmp_path, monkeypatch, arguments, message):
+def test_wrong_input(capsys, places, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    places = {"checkpoint": checkpoint, "bert": bert(tmp_path), **misfits, **wrong_files(tmp_path, checkpoint)}
     assert message.format(**places) in refusal(capsys, *(argument.format(**places) for argument in arguments))
 
 

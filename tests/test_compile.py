@@ -26,9 +26,16 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("attention_type", "graphs"), [("block_sparse", 2), ("original_full", 1)])
-@pytest.mark.parametrize("training", [False, True])
-def test_two_graphs_serve_all_lengths(attention_type, graphs, training):
+@pytest.mark.parametrize(
+    ("attention_type", "training", "graphs"),
+    [
+        ("block_sparse", True, 2),  # with every transformers
+        pytest.param("block_sparse", False, 2, marks=pytest.mark.slow),
+        pytest.param("original_full", True, 1, marks=pytest.mark.slow),
+        pytest.param("original_full", False, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_two_graphs_serve_all_lengths(attention_type, training, graphs):
     model, _ = make_pair("BigBirdForMaskedLM", attention_type=attention_type, num_hidden_layers=1)
     model.train(training)
     backend = CountingBackend()
@@ -54,6 +61,7 @@ def gradients_agree(model, loss, other_loss):
     return all((first[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-5 for name, grad in second.items())
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_a_gpu_that_graphs_cannot_hold(monkeypatch):
     """Where there is one, torch.compile stops at the question whether CUDA captures a graph."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -65,6 +73,7 @@ def test_nothing_is_asked_of_a_gpu_that_graphs_cannot_hold(monkeypatch):
     torch.testing.assert_close(actual, model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_inductor():
     model, _ = make_pair("BigBirdModel", num_hidden_layers=1, num_random_blocks=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -74,6 +83,7 @@ def test_inductor():
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_extra_tokens_and_blocks_by_index():
     fields = {"num_extra_global_tokens": 3, "global_block_indices": [0, 4, -2], "num_random_blocks": 1}
     model = make_model(num_hidden_layers=1, **fields)

@@ -250,6 +250,309 @@ def test_half_precision_stays(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------------
+# Other encoders of transformers
+# -------------------------------------------------------------------------------------------------------------------
+
+ENCODERS = {
+    "Electra": {"embedding_size": 12},
+    "DistilBert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    "Albert": {"embedding_size": 12, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2},
+    "Longformer": {"attention_window": 400, "max_position_embeddings": 514, "pad_token_id": 1, "layer_norm_eps": 1e-5},
+    "Esm": {"position_embedding_type": "rotary", "mask_token_id": 4, "pad_token_id": 1, "eos_token_id": 2},
+}
+ENCODER_SOURCES = [
+    "ElectraForMaskedLM",
+    "ElectraForCausalLM",
+    "ElectraForSequenceClassification",
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "AlbertForMaskedLM",
+    "AlbertForSequenceClassification",
+    "AlbertForMultipleChoice",
+    "LongformerForMaskedLM",
+    "LongformerForSequenceClassification",
+    "EsmModel",
+    "EsmForMaskedLM",
+    "EsmForSequenceClassification",
+    "EsmForTokenClassification",
+]
+
+
+def make_encoder(folder, name, **settings):
+    """Writes a small model, and returns it."""
+    family, head = re.match("(Electra|DistilBert|Albert|Longformer|Esm)(.*)", name).groups()
+    config = {
+        "vocab_size": 120,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "is_decoder": head == "ForCausalLM",
+        "num_labels": 3,
+    }
+    if family == "DistilBert":
+        config = {"vocab_size": 120, "num_labels": 3}
+    config = getattr(transformers, f"{family}Config")(**{**config, **ENCODERS[family], **settings})
+    model = scale_weights(getattr(transformers, name)(config))
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("layer_norm.weight"):
+            parameter.data += 1
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def use_one_projection(model):
+    """Gives the global attention of a Longformer the projections of its local one."""
+    for module in model.modules():
+        for name in ("query", "key", "value"):
+            if hasattr(module, f"{name}_global"):
+                getattr(module, f"{name}_global").load_state_dict(getattr(module, name).state_dict())
+
+
+@torch.no_grad()
+def first_output(model, inputs):
+    """Logits or states, those of padding set to zero."""
+    output, mask = model(**inputs)[0], inputs["attention_mask"]
+    return output * mask[..., None] if output.shape[: mask.dim()] == mask.shape else output
+
+
+@pytest.mark.filterwarnings("ignore:query_global, key_global", "ignore:The source has no weights for pooler")
+@pytest.mark.parametrize("name", ENCODER_SOURCES)
+def test_other_encoders(tmp_path, name):
+    source = make_encoder(tmp_path / "source", name)
+    if name == "LongformerForSequenceClassification":
+        use_one_projection(source)
+        source.save_pretrained(tmp_path / "source")
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target", block_size=8)
+    assert type(model).__name__ == "BigBird" + re.sub(r"^.*?(?=Model|For)", "", name)
+    model.config.block_size = 32  # so that all is read
+    inputs = make_inputs(source, 150, multiple_choice=name == "AlbertForMultipleChoice")
+    expected = first_output(source, inputs)
+    tolerance = 1e-5 * max(1, expected.abs().max().item())
+    torch.testing.assert_close(first_output(model, inputs), expected, rtol=0, atol=tolerance)
+    model.config.block_size = 8
+    assert (first_output(model, inputs) - expected).abs().max() > 1e-3
+
+
+def test_projections_that_lead_from_nothing(tmp_path):
+    """Embeddings of an ELECTRA can have the width of its states."""
+    source = make_encoder(tmp_path / "source", "ElectraForMaskedLM", embedding_size=32)
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    inputs = make_inputs(source, 150)
+    assert model.config.embedding_size is None
+    torch.testing.assert_close(first_output(model, inputs), first_output(source, inputs), rtol=0, atol=1e-4)
+
+
+def test_the_window_and_global_attention_of_longformer(tmp_path):
+    source = make_encoder(tmp_path / "source", "LongformerForMaskedLM")
+    with pytest.warns(UserWarning, match=r"query_global, key_global and value_global .* left out"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    use_one_projection(source)
+    source.save_pretrained(tmp_path / "source")
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "other")
+    assert (model.config.num_sliding_window_blocks, model.config.num_random_blocks) == (9, 0)  # 4 * 64 >= 200
+    inputs = make_inputs(source, 150)
+    inputs["global_attention_mask"] = (torch.arange(150) % 40 == 0).long().expand(2, -1)
+    torch.testing.assert_close(first_output(model, inputs), first_output(source, inputs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"token_dropout": True}, {"position_embedding_type": "absolute", "emb_layer_norm_before": True}],
+)
+def test_kinds_of_esm(tmp_path, settings):
+    source = make_encoder(tmp_path / "source", "EsmForMaskedLM", **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert any("token_dropout" in str(one.message) for one in told) == ("token_dropout" in settings)
+    inputs = make_inputs(source, 150)
+    torch.testing.assert_close(first_output(model, inputs), first_output(source, inputs), rtol=0, atol=1e-4)
+    assert model.config.longest_input == (None if "token_dropout" in settings else 4096)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# GENA-LM
+# -------------------------------------------------------------------------------------------------------------------
+
+GENA_SPARSE = {
+    "sparse_config_cls": "deepspeed.ops.sparse_attention:BigBirdSparsityConfig",
+    "sparse_attention": {
+        "num_heads": 4,
+        "block": 8,
+        "different_layout_per_head": True,
+        "num_sliding_window_blocks": 3,
+        "num_global_blocks": 2,
+        "num_random_blocks": 2,
+    },
+}
+GENA_ROTARY = {"position_embedding_type": "rotary", "rotary_base": 10000, "rotary_dim": 4}
+GENA_KINDS = {
+    "bigbird-base-sparse": {"last_layer_norm": False, **GENA_ROTARY, **GENA_SPARSE},
+    "bigbird-base-lastln": {"last_layer_norm": True, "position_embedding_type": "absolute", **GENA_SPARSE},
+    "bert-base": {"position_embedding_type": "absolute"},
+}
+
+
+def make_gena(folder, kind, *, head="ForMaskedLM"):
+    """Writes a small checkpoint with the names and keys of GENA-LM's, and returns both."""
+    config = {
+        "architectures": [f"Bert{head}"],
+        "model_type": "bert",
+        "vocab_size": 120,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "pad_token_id": 3,
+        "pre_layer_norm": True,
+        **GENA_KINDS[kind],
+    }
+    shapes = {"bert.embeddings.word_embeddings": (120, 32), "bert.embeddings.token_type_embeddings": (2, 32)}
+    if config["position_embedding_type"] == "absolute":
+        shapes["bert.embeddings.position_embeddings"] = (512, 32)
+    layers = {"cls.predictions.transform.dense": (32, 32), "bert.pooler.dense": (32, 32)}
+    norms = ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
+    norms += ["bert.encoder.last_layer_ln"] if config.get("last_layer_norm", True) else []
+    if head == "ForSequenceClassification":
+        layers["classifier"] = (2, 32)
+    for number in range(2):
+        name = f"bert.encoder.layer.{number}"
+        layers |= {f"{name}.attention.self.{part}": (32, 32) for part in ("query", "key", "value")}
+        layers |= {f"{name}.attention.output.dense": (32, 32)}
+        layers |= {f"{name}.intermediate.dense": (64, 32), f"{name}.output.dense": (32, 64)}
+        norms += [f"{name}.pre_attention_ln", f"{name}.post_attention_ln"]
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    weights = {f"{name}.weight": 0.6 * random(*shape) for name, shape in shapes.items()}
+    for name, shape in layers.items():
+        weights |= {f"{name}.weight": random(*shape) * shape[1] ** -0.5, f"{name}.bias": 0.1 * random(shape[0])}
+    for name in norms:
+        weights |= {f"{name}.weight": 1 + 0.1 * random(32), f"{name}.bias": 0.1 * random(32)}
+    weights["cls.predictions.bias"] = 0.1 * random(120)
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
+    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
+    weights["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    for number in range(2):
+        name = f"bert.encoder.layer.{number}.attention.self"
+        weights[f"{name}.sparse_self_attention.master_layout"] = torch.zeros(4, 64, 64, dtype=torch.int64)
+        weights[f"{name}.rotary_emb.inv_freq"] = torch.ones(2)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(weights, folder / "pytorch_model.bin")
+    return config, weights
+
+
+def gena_states(config, weights, ids, layouts):
+    """What GENA-LM's layers compute, densely, of `[batch, length]` ids; `layouts` tell of each layer which token reads
+    which, `[heads or 1, length, length]`."""
+    length = ids.shape[1]
+
+    def linear(name, states):
+        return torch.nn.functional.linear(states, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(name, states):
+        return torch.nn.functional.layer_norm(states, (32,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-12)
+
+    def rotate(heads):
+        angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, 4, 2) / 4)
+        cos, sin = torch.cat((angles, angles), dim=-1).cos(), torch.cat((angles, angles), dim=-1).sin()
+        turned, rest = heads[..., :4], heads[..., 4:]
+        half = torch.cat((-turned[..., 2:], turned[..., :2]), dim=-1)
+        return torch.cat((turned * cos + half * sin, rest), dim=-1)
+
+    table = weights["bert.embeddings.word_embeddings.weight"]
+    states = table[ids] + weights["bert.embeddings.token_type_embeddings.weight"][0]
+    if config["position_embedding_type"] == "absolute":
+        states = states + weights["bert.embeddings.position_embeddings.weight"][:length]
+    states = norm("bert.embeddings.LayerNorm", states)
+    for number, layout in enumerate(layouts):
+        name = f"bert.encoder.layer.{number}"
+        entering = norm(f"{name}.pre_attention_ln", states)
+        query, key, value = (
+            linear(f"{name}.attention.self.{part}", entering).unflatten(-1, (4, 8)).transpose(1, 2)
+            for part in ("query", "key", "value")
+        )
+        if config["position_embedding_type"] == "rotary":
+            query, key = rotate(query), rotate(key)
+        scores = (query @ key.transpose(2, 3) / 8**0.5).masked_fill(~layout, -torch.inf)
+        context = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        states = states + linear(f"{name}.attention.output.dense", context)
+        wide = torch.nn.functional.gelu(
+            linear(f"{name}.intermediate.dense", norm(f"{name}.post_attention_ln", states))
+        )
+        states = states + linear(f"{name}.output.dense", wide)
+    return norm("bert.encoder.last_layer_ln", states) if config.get("last_layer_norm", True) else states
+
+
+def gena_logits(config, weights, ids, layouts):
+    states = gena_states(config, weights, ids, layouts)
+    name = "cls.predictions.transform"
+    states = torch.nn.functional.linear(states, weights[f"{name}.dense.weight"], weights[f"{name}.dense.bias"])
+    norm = weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"]
+    states = torch.nn.functional.layer_norm(torch.nn.functional.gelu(states), (32,), *norm, 1e-12)
+    return states @ weights["bert.embeddings.word_embeddings.weight"].T + weights["cls.predictions.bias"]
+
+
+def gena_layout(model, num_blocks, layer):
+    """DeepSpeed's, but for the random blocks, which are those of the model; of tokens."""
+    row = torch.arange(num_blocks)
+    layout = ((row[:, None] - row).abs() <= 1).repeat(4, 1, 1)
+    pattern = bigbird_plus.Sparsity.from_config(model.config).pattern(num_blocks, layer_idx=layer)
+    for head, block in np.ndindex(4, num_blocks):
+        drawn = [read for read in pattern.random_blocks[head, block] if read >= 0]
+        assert len(drawn) == 2 or block in pattern.global_blocks
+        layout[head, block, drawn] = True
+    layout[:, :2] = layout[:, :, :2] = True
+    return layout.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+@pytest.mark.filterwarnings("ignore:The source reads random blocks")
+@pytest.mark.parametrize("kind", GENA_KINDS)
+def test_gena(tmp_path, kind):
+    config, weights = make_gena(tmp_path / "source", kind)
+    convert_checkpoint(tmp_path / "source", tmp_path / "target", 512)
+    model = bigbird_plus.BigBirdForMaskedLM.from_pretrained(tmp_path / "target").eval()
+    ids = random_ids(2, 480, low=5)
+    for length in (32, 80, 480):  # read in full by both; the others are sparse
+        is_full = length == 32 or kind == "bert-base"
+        layouts = [
+            torch.ones(1, length, length, dtype=torch.bool) if is_full else gena_layout(model, length // 8, layer)
+            for layer in range(2)
+        ]
+        expected = gena_logits(config, weights, ids[:, :length], layouts)
+        with torch.no_grad():
+            actual = model(ids[:, :length]).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    if config["position_embedding_type"] == "rotary":
+        assert model(random_ids(1, 1500, low=5)).logits.isfinite().all()
+
+
+def test_what_gena_has_beyond_that(tmp_path):
+    config, weights = make_gena(tmp_path / "source", "bigbird-base-sparse", head="ForSequenceClassification")
+    with pytest.warns(UserWarning, match=r"random blocks .*master_layout"):
+        model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert (model.config.block_size, model.config.num_random_blocks) == (8, 2)
+    assert list(model.config.global_block_indices) == [0, 1]
+    ids = random_ids(2, 40, low=5)
+    first = gena_states(config, weights, ids, [torch.ones(1, 40, 40, dtype=torch.bool)] * 2)[:, 0]
+    pooled = (first @ weights["bert.pooler.dense.weight"].T + weights["bert.pooler.dense.bias"]).tanh()
+    expected = pooled @ weights["classifier.weight"].T + weights["classifier.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
+    config["sparse_config_cls"] = "deepspeed.ops.sparse_attention:FixedSparsityConfig"
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"sparse_config_cls is .*FixedSparsityConfig"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "other")
+
+
+# -------------------------------------------------------------------------------------------------------------------
 # Tokenizers, and names of the Hub
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -466,10 +769,42 @@ def test_what_cannot_be_converted(tmp_path, family, head, settings, arguments, m
     assert not (tmp_path / "target").exists()
 
 
-def test_other_model_types(tmp_path):
-    transformers.DistilBertConfig().save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"'distilbert'.*bert, roberta, xlm-roberta, camembert"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("T5Config", r"'t5'.*bert, roberta, xlm-roberta, camembert, distilbert"),
+        ("MPNetConfig", r"'mpnet', .*relative_attention_bias"),
+        ("ModernBertConfig", r"'modernbert', .*GeGLU.*local_rope_theta"),
+    ],
+)
+def test_other_model_types(tmp_path, config, message):
+    getattr(transformers, config)().save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "source", tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "arguments", "message"),
+    [
+        ("ElectraForPreTraining", {}, {}, "ElectraForPreTraining.* Choose one with architecture"),
+        ("ElectraForMultipleChoice", {}, {}, "ElectraForMultipleChoice"),
+        ("DistilBertForMultipleChoice", {}, {}, "DistilBertForMultipleChoice"),
+        (
+            "DistilBertForMaskedLM",
+            {},
+            {"architecture": "BigBirdForCausalLM"},
+            "distilbert has no DistilBertForCausalLM",
+        ),
+        ("ElectraForMaskedLM", {"hidden_act": "relu"}, {}, "hidden_act='relu'.*'gelu'"),
+        ("LongformerForSequenceClassification", {}, {}, "query_global, key_global and value_global .* differ"),
+        ("AlbertModel", {}, {"embedding_size": 32}, "embedding_size cannot be chosen"),
+    ],
+)
+def test_parts_for_which_there_is_no_counterpart(tmp_path, source, settings, arguments, message):
+    make_encoder(tmp_path / "source", source, **settings)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "source", tmp_path / "target", **arguments)
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_target_that_is_not_empty(tmp_path):

@@ -12,7 +12,10 @@ from .peers import make_pair, random_ids
 
 tanh_gelu = TanhGELU()
 
-pytestmark = pytest.mark.skipif(not module.has_onednn(), reason="this torch has no oneDNN")
+pytestmark = [
+    pytest.mark.torch_only,
+    pytest.mark.skipif(not module.has_onednn(), reason="this torch has no oneDNN"),
+]
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("is_decoder", [False, True])

@@ -1,8 +1,5 @@
 """torch.export, ONNX and int8: graphs that serve every batch size and length, and layers of another kind."""
 
-import subprocess
-import sys
-
 import onnxruntime
 import pytest
 import torch
@@ -14,7 +11,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import bigbird_plus
 from bigbird_plus import demo
 
-from .peers import MODELS, make_model, random_ids, random_inputs
+from . import fresh
+from .peers import MODELS, few_are_quick, make_model, random_ids, random_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx", "ignore::FutureWarning")
 
@@ -95,7 +93,7 @@ def check(model, name, *runners, shapes=SHAPES):
             torch.testing.assert_close(run(inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few_are_quick(MODELS))
 def test_sparse_graphs_serve_all_longer_inputs(name, tmp_path):
     model = small_model(name)
     program = exported(model, name)
@@ -111,7 +109,7 @@ def test_sparse_graphs_serve_all_longer_inputs(name, tmp_path):
             run_onnx(example(name, 2, length))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few_are_quick(MODELS))
 def test_full_graphs_serve_all_inputs(name):
     model = small_model(name, attention_type="original_full")
     check(model, name, runner(exported(model, name, 1)), shapes=(*SHAPES, (2, 7)))
@@ -126,7 +124,7 @@ def test_full_graph_from_the_model_to_onnx(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 class TestTracerOfOnnx:
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", few_are_quick(MODELS))
     def test_full_graphs_serve_all_inputs(self, name, tmp_path):
         model = small_model(name, attention_type="original_full", use_cache=False)
         run = traced_runner(model, name, tmp_path)
@@ -134,7 +132,7 @@ class TestTracerOfOnnx:
             inputs = example(name, *shape)
             torch.testing.assert_close(run(inputs), tensors_of(model, inputs)[0], rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", few_are_quick(MODELS))
     def test_sparse_models_are_refused(self, name, tmp_path):
         with pytest.raises(ValueError, match=r"dynamo=True.*set_attention_type\('original_full'\)"):
             traced_runner(small_model(name), name, tmp_path)
@@ -155,6 +153,7 @@ def test_extra_tokens_and_blocks_by_index(tmp_path):
     check(model, "BigBirdModel", runner(program), onnx_runner(program, tmp_path))
 
 
+@pytest.mark.slow
 def test_strict_export():
     model = small_model(eval_random_blocks=True)
     check(model, "BigBirdModel", runner(exported(model, strict=True)))
@@ -181,7 +180,7 @@ def test_a_saved_program_runs_without_the_package(tmp_path):
         "torch.save(program(**torch.load('inputs.pt'))[0], 'logits.pt')\n"
         "assert 'bigbird_plus' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    fresh.run(script, folder=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(**inputs)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -190,6 +189,7 @@ def test_export_tells_the_shortest_length():
         exported(small_model(), shortest=1)
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_predictions():
     folder = bigbird_plus.demo_checkpoint()
     model = AutoModelForMaskedLM.from_pretrained(folder).float().eval()

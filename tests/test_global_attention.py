@@ -51,6 +51,7 @@ def tokens_of(blocks, block_size=2):
     return {block * block_size + place for block in blocks for place in range(block_size)}
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 @pytest.mark.parametrize("num_global", range(5))
 @pytest.mark.parametrize("window", [1, 3, 5, 7])
@@ -66,6 +67,7 @@ def test_each_token_reads_exactly_what_the_pattern_names(window, num_global, imp
         assert tokens_read(model, 2 * block + 1, 2 * count) == tokens_of(expected)
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_random_blocks_of_other_shapes_are_read_in_evaluation(implementation, shared):
@@ -80,6 +82,7 @@ def test_random_blocks_of_other_shapes_are_read_in_evaluation(implementation, sh
         assert tokens_read(model, 2 * block, 24) == tokens_of({0, block} | random)
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 @pytest.mark.parametrize(
     ("indices", "expected"),
@@ -122,6 +125,7 @@ def test_a_shared_layout_is_that_of_a_single_head():
     assert (different.counts[0] != different.counts[1]).any()
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 @pytest.mark.parametrize("num_global", [0, 2])
 def test_chosen_tokens_read_all_and_are_read_by_all(implementation, num_global):
@@ -135,6 +139,7 @@ def test_chosen_tokens_read_all_and_are_read_by_all(implementation, num_global):
         assert with_mask == (set(range(length)) if place in chosen else without | set(chosen))
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 def test_padding_is_never_global(implementation):
     model = make_model(implementation=implementation, num_random_blocks=0)
@@ -165,6 +170,7 @@ def inputs_with_padding(side):
     return random_ids(4, 60, high=99), mask, chosen
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("fields", [{}, {"num_extra_global_tokens": 3}, {"global_block_indices": [0, 6, -2]}])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -186,6 +192,7 @@ def test_engines_agree_packed_or_not(side, training, fields):
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_documents_of_a_batch_get_what_they_get_alone(side, implementation):
@@ -271,6 +278,7 @@ def test_the_tokens_of_the_question_can_be_global():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("implementation", ENGINES)
 def test_only_extra_tokens_carry_information_across_a_document_in_two_layers(implementation):
     shape = {"num_global_blocks": 0, "num_random_blocks": 0, "num_hidden_layers": 2}

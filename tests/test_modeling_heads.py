@@ -2,10 +2,7 @@
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import bigbird_plus
 from bigbird_plus._compat import CACHE
 
+from . import fresh
 from .peers import MODELS, TASK_MODELS, make_model, make_pair, random_ids, random_inputs, tiny_settings
 
 SPARSE = 131  # a length at which a block-sparse model reads sparsely
@@ -305,80 +303,14 @@ def test_training_moves_tied_weights_together(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain transformers, in a process that knows nothing of us
-# ---------------------------------------------------------------------------------------------------------------------
-
-PLAIN_TRANSFORMERS = """
-import sys
-from pathlib import Path
-import torch, transformers
-
-ours, theirs = Path(sys.argv[1]), Path(sys.argv[2])
-for folder in sorted(ours.iterdir()):
-    model_class = getattr(transformers, folder.name.removesuffix("-untied"))
-    inputs = torch.load(folder / "inputs.pt")
-    model = model_class.from_pretrained(folder).eval()
-    with torch.no_grad():
-        torch.save(model(**inputs)[0], folder / "logits.pt")
-        for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(0.2 * torch.randn(parameter.shape) + ("LayerNorm.weight" in name))
-        model.save_pretrained(theirs / folder.name)
-        torch.save(model(**inputs)[0], theirs / folder.name / "logits.pt")
-assert not any(name.startswith("bigbird_plus") for name in sys.modules)
-"""
-
-EXCHANGED = [*MODELS, *(f"{name}-untied" for name in LANGUAGE_MODELS)]
-
-
-@pytest.fixture(scope="module")
-def exchange(tmp_path_factory):
-    """Folders with checkpoints of ours and of plain transformers, and the logits plain transformers gets from both."""
-    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
-    for folder in EXCHANGED:
-        name = folder.removesuffix("-untied")
-        make_model(name, tie_word_embeddings=name == folder).save_pretrained(ours / folder)
-        torch.save(random_inputs(name, 2, SPARSE, labels=False), ours / folder / "inputs.pt")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", PLAIN_TRANSFORMERS, str(ours), str(theirs)]
-    result = subprocess.run(command, env=environment, cwd=ours, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return ours, theirs
-
-
-def assert_close_at_real_tokens(actual, expected, name):
-    mask = random_inputs(name, 2, SPARSE)["attention_mask"].bool()
-    real = mask if actual.shape[:2] == mask.shape else ...
-    torch.testing.assert_close(actual[real], expected[real], atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("folder", EXCHANGED)
-def test_plain_transformers_reads_our_files(exchange, folder):
-    name = folder.removesuffix("-untied")
-    expected = torch.load(exchange[0] / folder / "logits.pt")
-    assert_close_at_real_tokens(
-        logits(getattr(bigbird_plus, name).from_pretrained(exchange[0] / folder)), expected, name
-    )
-
-
-@pytest.mark.parametrize("folder", EXCHANGED)
-def test_we_read_the_files_of_plain_transformers(exchange, folder):
-    name = folder.removesuffix("-untied")
-    expected = torch.load(exchange[1] / folder / "logits.pt")
-    model, info = getattr(bigbird_plus, name).from_pretrained(exchange[1] / folder, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert_close_at_real_tokens(logits(model), expected, name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Distributed training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_in_parallel(rank, folder):
+def train_in_parallel(folder):
     """Two steps of every model; a parameter without a gradient would stop the second."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    gradients = {}
+    distributed.init_process_group("gloo")
+    rank, gradients = distributed.get_rank(), {}
     for name in TASK_MODELS:
         inputs = random_inputs(name, 2, SPARSE, seed=rank)
         model = DistributedDataParallel(make_model(name, is_decoder=name == "BigBirdForCausalLM").train())
@@ -390,8 +322,9 @@ def train_in_parallel(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_distributed_training_needs_no_search_for_unused_parameters(tmp_path):
-    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    fresh.run_in_parallel(train_in_parallel, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in TASK_MODELS:
         alone = []

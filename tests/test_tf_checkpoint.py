@@ -15,6 +15,8 @@ from bigbird_plus.tf_checkpoint import find_checkpoint, read_index
 
 from .tf_files import write_checkpoint, write_table
 
+pytestmark = pytest.mark.torch_only
+
 # Written by tf.compat.v1.train.Saver of TensorFlow 2.21.0.
 GENUINE_INDEX = (
     "eNpjYGDjYJRi4mBkkBdOSi0q0U/NTUpNScnMSy/WL88vSolH8DkYhTiEmDiYgJhZQ8LU9+QBc1ZBwYL8/JzUIv2U1LziVP2kzESQMhaQMgUJDQ7TJdX9"

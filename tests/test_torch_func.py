@@ -6,6 +6,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from .peers import make_model, random_ids
 
+pytestmark = pytest.mark.torch_only
 SPARSE = random_ids(2, 130)
 MASK = (torch.arange(130) < torch.tensor([[130], [100]])).long()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .parts import FullPart, SparsePart
+from .parts import AnyPart, FullPart, SparsePart
 from .plan import Plan, full_implementation
 
 
@@ -46,10 +46,10 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
             f"[batch, 1 or heads, queries, keys], but has {list(mask.shape)}. Others must be bool."
         )
     mask = masks.expand_mask(mask, batch, heads, queries, keys).expand(-1, -1, queries, -1)  # so it is not causal
-    mask = masks.cross_attention_mask(
+    full_mask = masks.cross_attention_mask(
         mask, batch=batch, heads=heads, queries=queries, keys=keys, dtype=query.dtype, implementation=name
     )
-    return FullPart(mask=mask, implementation=name)
+    return FullPart(mask=full_mask, implementation=name)
 
 
 def read_in_full(plan: Plan, module, query: Tensor) -> Plan:
@@ -66,10 +66,10 @@ def read_in_full(plan: Plan, module, query: Tensor) -> Plan:
             "layer."
         )
     name = full_implementation(module.config)
-    parts = []
+    parts: list[AnyPart] = []
     for part in plan.parts:
         if isinstance(part, SparsePart):
             mask = masks.NO_MASK if part.key_mask is None else masks.key_mask_of(part.key_mask, query.dtype, name)
             part = FullPart(part.start, part.size, part.documents, mask=mask, implementation=name)
         parts.append(part)
-    return replace(plan, parts=tuple(parts), extents=None)
+    return replace(plan, parts=tuple(parts), row=None)

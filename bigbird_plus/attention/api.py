@@ -1,6 +1,6 @@
 """BigBird's attention as an operator, for models of one's own."""
 
-from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -88,27 +88,26 @@ def block_sparse_attention(
     implementation = implementation or "sdpa"
     if length <= sparsity.full_attention_length:
         name = "sdpa" if is_engine(implementation) else implementation
-        part = FullPart(mask=NO_MASK if mask is None else key_mask_of(mask, query.dtype, name), implementation=name)
-        context, probabilities = part.attend(layer, query, key, value, output_attentions)
-        return (context, probabilities) if output_attentions else context
-    part = whole_batch(
-        sparsity, mask, Tokens(batch, torch.arange(length, device=query.device), query.dtype), chosen=chosen
-    )
-    part = replace(part, choice=_choose(implementation, query, key, value, block_size, part))
-    padded = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
-    context, probabilities = part.attend(layer, *padded, output_attentions)
+        full = FullPart(mask=NO_MASK if mask is None else key_mask_of(mask, query.dtype, name), implementation=name)
+        context, probabilities = full.attend(layer, query, key, value, output_attentions)
+        return context if probabilities is None else (context, probabilities)
+    tokens = Tokens(batch, torch.arange(length, device=query.device), query.dtype)
+    choose = partial(_choose, implementation, query, key, value, block_size)
+    part = whole_batch(sparsity, mask, tokens, choose, chosen=chosen)
+    query, key, value = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
+    context, probabilities = part.attend(layer, query, key, value, output_attentions)
     context = cut(context, length, 2)
-    return (context, cut(cut(probabilities, length, 2), length, 3)) if output_attentions else context
+    return context if probabilities is None else (context, cut(cut(probabilities, length, 2), length, 3))
 
 
-def _choose(implementation, query, key, value, block_size, part) -> Choice:
+def _choose(implementation, query, key, value, block_size, has_global_tokens) -> Choice:
     """The engine for some tensors."""
     call = Call(
         device=query.device,
         dtype=query.dtype,
         head_dim=query.shape[3],
         block_size=block_size,
-        has_global_tokens=part.global_tokens is not None,
+        has_global_tokens=has_global_tokens,
         needs_gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
     )
     return choose_engine(implementation, call)

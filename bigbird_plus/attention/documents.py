@@ -6,9 +6,9 @@ document (`position_ids`), or besides by what flash attention takes: the places 
 (`seq_idx`). Any of them is enough, but for the longest document.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _as_it_is(forward, *args, **kwargs):
 
 
 def document_positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int], flattened: Flattened
+    position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, ...], flattened: Mapping[str, Any]
 ) -> Tensor | None:
     """The positions of the tokens, counted anew in each document if there are several; `position_ids` if nothing else
     tells of documents.
@@ -61,6 +61,7 @@ def document_positions(
         position_ids: `int64`, `[1 or batch, length]`, or None.
         attention_mask: the user's. Rows of documents have no padding.
         shape: batch and length.
+        flattened: see `Flattened`.
 
     Raises:
         TypeError: for other keyword arguments than these: misspelt ones shall not vanish.
@@ -92,7 +93,7 @@ def document_positions(
     return places - places.masked_fill(~expected, 0).cummax(dim=1).values
 
 
-def _starts(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+def _starts(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`bool`, `[batch, length]`: where documents begin, but for the first places of the rows."""
     batch, length = shape
     if name == "seq_idx":
@@ -131,7 +132,7 @@ def holds_documents(position_ids: Tensor | None, attention_mask: Tensor | None) 
     return bool(starts.any() and (position_ids[starts] == 0).all())
 
 
-def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, ...]:
     """Rows and places of the first token of each document, in order."""
     starts = document_starts(position_ids).expand(batch, -1).clone()
     starts[:, 0] = True

@@ -19,11 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .common import is_transformed
 from .impl import flash_cpu, flex, gather, reference
 
-triton = None
-if torch.version.cuda is not None:  # torch for other devices need not have Triton
-    with suppress(ImportError):
-        from .impl import triton
-
 
 class Call(NamedTuple):
     """What an engine is asked to do.
@@ -71,8 +66,11 @@ AUTOMATIC = ("triton", "merged", "gather")
 NO_TRITON = "the kernels are for NVIDIA's GPUs, and this torch is built without CUDA, or Triton is missing"
 
 _engines: dict[str, Engine] = {"eager": reference, "flex_attention": flex, "merged": flash_cpu, "gather": gather}
-if triton is not None:
-    _engines["triton"] = triton
+if torch.version.cuda is not None:  # torch for other devices need not have Triton
+    with suppress(ImportError):
+        from .impl import triton
+
+        _engines["triton"] = triton
 
 
 def register_engine(name: str, engine: Engine) -> None:
@@ -130,7 +128,7 @@ def choose_engine(implementation: str, call: Call) -> Choice:
                 "engine that can."
             )
         return Choice(implementation, _engines[implementation], {})
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for name in ("flex_attention", *AUTOMATIC) if implementation == "flex_attention" else AUTOMATIC:
         reason = _reason(name, call)
         if reason is None:

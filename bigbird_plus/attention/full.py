@@ -1,7 +1,7 @@
 """Full attention, through the attention functions of transformers."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .common import additive_mask, attention_dtype, is_transformed
@@ -19,7 +19,7 @@ def function_name(implementation: str, device: torch.device, dropout: float = 0.
 
 
 def attend(
-    module: nn.Module,
+    module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,7 +46,7 @@ def attend(
         context, probabilities = reference.dense_attention(query, key, value, mask.added, **how)
         return context, probabilities if output_attentions else None
     added, reads_nothing = mask
-    if reads_nothing is not None:
+    if reads_nothing is not None and added is not None:
         added = added.masked_fill(reads_nothing, 0)
     dtype = query.dtype
     query, key, value = (tensor.to(attention_dtype(tensor)) for tensor in (query, key, value))
@@ -57,8 +57,9 @@ def attend(
     context = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, added, **how)[0].transpose(1, 2)
     if reads_nothing is not None:
         context = torch.where(reads_nothing, _mean_of_values(query, key, value, module.scaling), context)
-    probabilities = _probabilities(module, query, key, value, mask.added).to(dtype) if output_attentions else None
-    return context.to(dtype), probabilities
+    if not output_attentions:
+        return context.to(dtype), None
+    return context.to(dtype), _probabilities(module, query, key, value, mask.added).to(dtype)
 
 
 def _mean_of_values(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -75,7 +76,7 @@ def _mean_of_values(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
     return mean + (first_order - first_order.detach())
 
 
-def _probabilities(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
+def _probabilities(module, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
     """Those behind a context that a faster function has computed."""
     if added is not None and added.dim() == 2:
         added = additive_mask(added[:, None, None] != 0, torch.float32)

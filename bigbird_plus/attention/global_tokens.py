@@ -56,9 +56,9 @@ class GlobalTokens(NamedTuple):
     def with_blocks(self, blocks: tuple[int, ...], block_size: int) -> "GlobalTokens":
         """These and all tokens of some blocks."""
         batch, device = self.places.shape[0], self.places.device
-        blocks = torch.tensor(blocks, device=device)
-        more = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).flatten().expand(batch, -1)
-        is_new = (self.places[..., None] // block_size != blocks).all(-1)
+        index = torch.tensor(blocks, device=device)
+        more = (index[:, None] * block_size + torch.arange(block_size, device=device)).flatten().expand(batch, -1)
+        is_new = (self.places[..., None] // block_size != index).all(-1)
         is_token = is_new if self.is_token is None else is_new & self.is_token
         is_token = torch.cat((is_token, torch.ones_like(more, dtype=torch.bool)), dim=1)
         return GlobalTokens(torch.cat((self.places, more), dim=1), is_token, self.num_extra)
@@ -88,15 +88,13 @@ def find_global_tokens(chosen: Tensor | None, num_extra: int, batch: int, length
         ValueError: if a graph is being traced: how many tokens are chosen must be known.
     """
     extra = torch.arange(length, length + num_extra, device=device).expand(batch, -1)
-    most = 0
-    if chosen is not None:
-        if is_tracing():
-            raise ValueError(
-                "global_attention_mask cannot be used under torch.compile, torch.export or torch.jit.trace, where the "
-                "number of tokens that it chooses is not known. Leave it out, or run the model as it is."
-            )
-        most = int(chosen.sum(-1).max())
-    if not most:
+    if chosen is not None and is_tracing():
+        raise ValueError(
+            "global_attention_mask cannot be used under torch.compile, torch.export or torch.jit.trace, where the "
+            "number of tokens that it chooses is not known. Leave it out, or run the model as it is."
+        )
+    most = 0 if chosen is None else int(chosen.sum(-1).max())
+    if chosen is None or not most:
         return GlobalTokens(extra, None, num_extra) if num_extra else None
     places = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     is_token = torch.cat((chosen.gather(1, places), torch.ones_like(extra, dtype=torch.bool)), dim=1)

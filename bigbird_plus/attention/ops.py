@@ -85,8 +85,8 @@ def _gradients_by_definition(grad, query, key, value, reading: Reading) -> list[
             "Second derivatives of a batch of documents without their padding need attn_implementation='eager'."
         )
     pattern, scaling, key_mask, tokens, _ = reading
-    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    context = reference.forward(*tensors, pattern, key_mask, tokens, scaling=scaling).transpose(1, 2)
+    asked, keys, values = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    context = reference.forward(asked, keys, values, pattern, key_mask, tokens, scaling=scaling).transpose(1, 2)
     inputs = [tensor for tensor in (query, key, value) if tensor.requires_grad]
     grads = iter(torch.autograd.grad(context, inputs, grad, create_graph=True))
     return [next(grads) if tensor.requires_grad else None for tensor in (query, key, value)]
@@ -108,8 +108,8 @@ _TENSORS = 7
     "bigbird_plus::attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor context, Tensor log_sum_exp)"
 )
 def _attention(query, key, value, *arguments) -> tuple[Tensor, Tensor]:
-    *arguments, name = arguments
-    return KERNELS[name].attend(query, key, value, _from_arguments(*arguments))
+    *reading, name = arguments
+    return KERNELS[name].attend(query, key, value, _from_arguments(*reading))
 
 
 @_attention.register_fake
@@ -123,9 +123,8 @@ def _(query, *others):
     schema=f"(Tensor grad, {_INPUTS}, Tensor context, Tensor log_sum_exp) -> Tensor",
 )
 def _attention_backward(grad, query, key, value, *arguments) -> Tensor:
-    *arguments, name, context, log_sum_exp = arguments
-    reading = _from_arguments(*arguments)
-    return KERNELS[name].gradients(grad, query, key, value, context, log_sum_exp, reading)
+    *reading, name, context, log_sum_exp = arguments
+    return KERNELS[name].gradients(grad, query, key, value, context, log_sum_exp, _from_arguments(*reading))
 
 
 @_attention_backward.register_fake

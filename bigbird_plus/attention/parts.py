@@ -1,7 +1,7 @@
 """Documents that are read together, and how: in full, sparsely, or as a decoder's text."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class Tokens(NamedTuple):
         return self.keys is not None
 
 
+P = TypeVar("P", bound="Part")
+
+
 @dataclass(frozen=True)
 class Part:
     """Documents that are read alike. In a packed row there are so many `documents` of `size` places from `start` on;
@@ -72,7 +75,7 @@ class Part:
         """`[1, heads, row, dim]` -> `[documents, heads, size, dim]`: a view."""
         return row[0, :, self.start : self.end].unflatten(1, (self.documents, self.size)).transpose(0, 1)
 
-    def some(self, documents: slice) -> "Part":
+    def some(self: P, documents: slice) -> P:
         """Some of the documents. Those of a packed row stay where they are."""
         start, stop, _ = documents.indices(self.documents)
         return replace(self, start=self.start + start * self.size, documents=stop - start)
@@ -95,7 +98,7 @@ class FullPart(Part):
         return replace(super().some(documents), mask=mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SparsePart(Part):
     """Documents that are read sparsely, each of them a part of an input of `num_blocks` blocks that begins with the
     block `first_block`.
@@ -104,9 +107,9 @@ class SparsePart(Part):
     global_tokens: single tokens that read everything and are read by all; None for none.
     """
 
-    sparsity: Sparsity | None = None
-    choice: Choice | None = None
-    num_blocks: int = 0
+    sparsity: Sparsity
+    choice: Choice
+    num_blocks: int
     first_block: int = 0
     is_causal: bool = False
     key_mask: Tensor | None = None
@@ -144,8 +147,8 @@ class SparsePart(Part):
         return replace(super().some(documents), key_mask=key_mask, global_tokens=tokens)
 
 
-@dataclass(frozen=True)
-class DecoderPart:
+@dataclass(frozen=True, kw_only=True)
+class DecoderPart(Part):
     """A decoder's batch, read sparsely, perhaps as a piece that goes on where a cache ends.
 
     choice: the engine for whole inputs.
@@ -166,16 +169,15 @@ class DecoderPart:
         """See `Plan.attend`. The context of padding is zero."""
         num_blocks = count_blocks(self.num_keys, self.sparsity.block_size)
         pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
-        is_eager = self.choice.engine is reference
-        context = probabilities = None
+        is_eager, probabilities = self.choice.engine is reference, None
         if is_eager or output_attentions:
             context, probabilities = self._by_definition(query, key, value, pattern, module.scaling)
-        if not is_eager:
-            attend = self._from_start if self.from_start else self._from_cache
-            context = attend(query, key, value, pattern, module.scaling)
-            is_real = self._is_real()
-            context = context if is_real is None else context.masked_fill(~is_real[:, None, :, None], 0)
-        return context, probabilities if output_attentions else None
+        if is_eager:
+            return context, probabilities if output_attentions else None
+        attend = self._from_start if self.from_start else self._from_cache
+        context = attend(query, key, value, pattern, module.scaling)
+        is_real = self._is_real()
+        return context if is_real is None else context.masked_fill(~is_real[:, None, :, None], 0), probabilities
 
     def _is_real(self) -> Tensor | None:
         """`bool`, `[batch, queries]`: which of the input's tokens are not padding; None for all."""
@@ -219,45 +221,55 @@ def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
     return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
 
 
+AnyPart = FullPart | SparsePart | DecoderPart
+
+
 def whole_batch(
-    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, *, chosen: Tensor | None, num_extra: int = 0
+    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, choose, *, chosen: Tensor | None, num_extra: int = 0
 ) -> SparsePart:
-    """The part that is a batch as it came, without its engine: of `mask` (`bool`, or None for all) are real and
-    `chosen` (`bool`, or None for none) global, with so many extra global tokens behind the last block."""
+    """The part that is a batch as it came: of `mask` (`bool`, or None for all) are real and `chosen` (`bool`, or None
+    for none) global, with so many extra global tokens behind the last block. `choose` is told whether there are global
+    tokens, and chooses the engine."""
     block_size, batch, length = sparsity.block_size, tokens.batch, tokens.length
     num_blocks = count_blocks(length, block_size)
     if mask is None and (is_tracing() or length % block_size):
         mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-    if is_exporting():  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
+    if (
+        mask is not None and is_exporting()
+    ):  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
         mask = mask & (torch.arange(length, device=tokens.device)[sparsity.full_attention_length] > 0)
     if chosen is not None and mask is not None:
         chosen = chosen & mask
-    global_tokens = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
+    found = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
     if mask is not None:
         mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)
-    return SparsePart(sparsity=sparsity, num_blocks=num_blocks, key_mask=mask, global_tokens=global_tokens)
+    choice = choose(found is not None)
+    return SparsePart(sparsity=sparsity, choice=choice, num_blocks=num_blocks, key_mask=mask, global_tokens=found)
 
 
 def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderPart:
     """The part that is a decoder's batch, read sparsely."""
     queries, block_size, past, places = tokens.length, sparsity.block_size, tokens.past, tokens.places
-    keys = tokens.keys if tokens.has_cache else queries
+    keys = queries if tokens.keys is None else tokens.keys
     mask = masks.decoder_key_mask(
         tokens.attention_mask, batch=tokens.batch, query_positions=places, past=past, keys=keys
     )
-    offset, most_padding, is_known = None, 0, isinstance(past, int)
+    offset, most_padding = None, 0
     if mask is not None:
         offset, most_padding = mask.to(torch.uint8).argmax(dim=-1), keys
-    if mask is not None and is_known and may_read_values(mask):
-        most_padding = int(offset.max())
-        if (offset + mask[:, : past + queries].sum(dim=-1) == past + queries).all():
-            mask = None
-        offset = offset if most_padding else None
-    from_start = is_known and past == 0
+        if isinstance(past, int) and may_read_values(mask):
+            most_padding = int(offset.max())
+            if (offset + mask[:, : past + queries].sum(dim=-1) == past + queries).all():
+                mask = None
+            offset = offset if most_padding else None
+    first, end = 0, count_blocks(keys, block_size)
+    if isinstance(past, int):
+        first, end = max(past - most_padding, 0) // block_size, count_blocks(past + queries, block_size)
+    from_start = isinstance(past, int) and past == 0
     if from_start:
         keys = queries
         mask = None if mask is None else mask[:, :keys]
-    first = max(past - most_padding, 0) // block_size if is_known else 0
-    end = count_blocks(past + queries if is_known else keys, block_size)
     piece = Piece(places, offset, first, end)
-    return DecoderPart(sparsity, choice, piece, keys, from_start, mask)
+    return DecoderPart(
+        sparsity=sparsity, choice=choice, piece=piece, num_keys=keys, from_start=from_start, key_mask=mask
+    )

@@ -1,8 +1,10 @@
 """Which block reads which: the one definition of BigBird's sparse pattern (arXiv 2007.14062, section 2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ class Sparsity:
     max_position_embeddings: int = 4096
     random_plan_positions: int | None = None
     different_layout_per_head: bool = True
-    global_block_indices: tuple[int, ...] | None = None
+    global_block_indices: Sequence[int] | None = None
 
     def __post_init__(self):
         for name in ("num_attention_heads", "block_size", "num_sliding_window_blocks"):
@@ -120,6 +122,7 @@ class Sparsity:
 
     def structure(self, num_blocks: int) -> "BlockPattern":
         """The pattern's global blocks and its window, without anything in the place of random blocks."""
+        shape: dict[str, Any]
         shape = {"num_blocks": num_blocks, "block_size": self.block_size, "window": self.num_sliding_window_blocks}
         if self.global_block_indices is None:
             num_leading = (self.num_global_blocks + 1) // 2
@@ -159,8 +162,14 @@ class Sparsity:
         *numbers, indices = (getattr(self, name) for name in self.__dataclass_fields__)
         return [int(number or 0) for number in numbers], None if indices is None else list(indices)
 
+    @classmethod
+    def _of_operators(cls, settings: list[int], indices: list[int] | None) -> "Sparsity":
+        """The reverse."""
+        fields: dict[str, Any] = dict(zip(cls.__dataclass_fields__, [*settings, indices], strict=True))
+        return cls(**fields)
 
-def _blocks_at(indices: tuple[int, ...], num_blocks: int) -> list[int]:
+
+def _blocks_at(indices: Sequence[int], num_blocks: int) -> list[int]:
     """The blocks that the indices name, each once. Negative ones count from the end; any out of range is ignored."""
     blocks = []
     for index in indices:
@@ -305,17 +314,15 @@ class BlockPattern:
             column is block 0 wherever `first_block_extra` is not 0, and the window of a decoder's row ends with
             itself.
         """
-        random = None
-        if self.random_blocks is not None:
-            random = torch.as_tensor(self.random_blocks)[:, first:last].transpose(0, 1)
+        if self.random_blocks is None:
+            return self._structured_lists(first, last)[:, None]
+        random = torch.as_tensor(self.random_blocks)[:, first:last].transpose(0, 1)
         if not structured:
             return random
-        lists = self._structured_lists(first, last)[:, None]
-        if random is not None:
-            lists = torch.cat((lists.expand(-1, random.shape[1], -1), random), dim=2)
-        return lists
+        lists = self._structured_lists(first, last)[:, None].expand(-1, random.shape[1], -1)
+        return torch.cat((lists, random), dim=2)
 
-    def _structured_lists(self, first, last):
+    def _structured_lists(self, first: int, last: int) -> Tensor:
         window = torch.arange(first, last)[:, None] + torch.arange(-self.before, self.after + 1)
         window = window.masked_fill((window < self.num_leading) | (window >= self.last_row), NO_BLOCK)
         outer = torch.cat((torch.arange(self.num_leading), torch.arange(self.last_row, self.num_blocks)))
@@ -369,7 +376,8 @@ class BlockPattern:
         kinds = self.kinds(head)
         if ax is None:
             ax = pyplot.figure(layout="constrained").add_subplot()
-        ax.imshow(kinds, cmap=colors.ListedColormap(KINDS_OF_READING.values()), vmin=0, vmax=len(KINDS_OF_READING) - 1)
+        colour_map = colors.ListedColormap([*KINDS_OF_READING.values()])
+        ax.imshow(kinds, cmap=colour_map, vmin=0, vmax=len(KINDS_OF_READING) - 1)
         ax.set(xlabel="block that is read", ylabel="block that reads")
         named = enumerate(KINDS_OF_READING.items())
         shown = [patches.Patch(color=color, label=name) for kind, (name, color) in named if kind in kinds]
@@ -415,15 +423,15 @@ def _traced_random_blocks(
 ) -> Tensor:
     """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
     generators do not allow. `settings` and `indices` are the fields of a `Sparsity`."""
-    sparsity = Sparsity(*settings, indices)
+    sparsity = Sparsity._of_operators(settings, indices)
     if is_causal:
-        return torch.from_numpy(_causal_plan(sparsity, layer_idx).blocks(num_blocks).copy())
-    return torch.from_numpy(_make_pattern(sparsity, num_blocks, layer_idx).random_blocks.copy())
+        return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(num_blocks))
+    return torch.tensor(_make_pattern(sparsity, num_blocks, layer_idx).random_blocks)
 
 
 @_traced_random_blocks.register_fake
 def _(settings, indices, num_blocks, layer_idx, is_causal):
-    sparsity = Sparsity(*settings, indices)
+    sparsity = Sparsity._of_operators(settings, indices)
     return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)
 
 
@@ -436,7 +444,7 @@ def _plans_of_all_lengths(settings: list[int], indices: list[int] | None, layer_
         `int16` tensor `[1 + most blocks, heads or 1, most blocks, random]`: for each number of blocks its plan, filled
         up with `NO_BLOCK`.
     """
-    sparsity = Sparsity(*settings, indices)
+    sparsity = Sparsity._of_operators(settings, indices)
     most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
     plans = np.full((most + 1, sparsity.num_layouts, most, sparsity.num_random_blocks), NO_BLOCK, dtype=np.int16)
     for num_blocks in range(sparsity.full_attention_length // sparsity.block_size + 1, most + 1):
@@ -459,6 +467,6 @@ def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
 @torch.compiler.assume_constant_result
 def _longest_causal_plan(settings: list[int], indices: list[int] | None, layer_idx: int) -> Tensor:
     """The same for decoders, `int64`, `[heads or 1, most blocks, random]`: any shorter plan is its beginning."""
-    sparsity = Sparsity(*settings, indices)
+    sparsity = Sparsity._of_operators(settings, indices)
     most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
     return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(most))

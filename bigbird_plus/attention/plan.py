@@ -9,10 +9,10 @@ to the plan, and know nothing of it. Two layouts:
   that it has alone. Documents that are alike stand next to each other, and are read together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,12 @@ from .documents import document_starts, first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask
-from .parts import DecoderPart, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
+from .parts import AnyPart, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
 from .pattern import BlockPattern, Sparsity
+from .rotary import Rotation, make_rotation
+
+if TYPE_CHECKING:
+    from ..configuration_big_bird import BigBirdConfig
 
 
 class Span(NamedTuple):
@@ -64,6 +68,26 @@ class Packing(NamedTuple):
     is_real: Tensor
 
 
+class Row(NamedTuple):
+    """A packed row that an engine takes in one go.
+
+    forward: the engine's function, see `triton.forward_documents`.
+    part: one of the parts, which have one pattern.
+    key_mask: `bool`, `[1, packed length]`, False for padding; None where there is none.
+    extents: `int32`, `[documents, 3]`.
+    """
+
+    forward: Callable[..., Tensor]
+    part: SparsePart
+    key_mask: Tensor | None
+    extents: Tensor
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The context, see `Plan.attend`."""
+        pattern = self.part.whole_pattern(module.layer_idx, module.training).for_heads(module.heads)
+        return self.forward(query, key, value, pattern, self.key_mask, self.extents, scaling=module.scaling)
+
+
 @dataclass(frozen=True)
 class Plan:
     """See above.
@@ -76,10 +100,11 @@ class Plan:
     num_extra: extra global tokens of each document, which stand behind its tokens, or behind those of a packed row.
     kept: `bool`, `[batch, length]`: whose states are returned, the others being zero; None for all.
     packing: None if the batch is not packed.
-    extents: `int32`, `[documents, 3]`, if the engine takes a packed row in one go, see `triton.forward_documents`.
+    row: the packed row, if the engine takes it in one go.
+    rotation: of queries and keys, in the layout of the plan; None for models without rotary positions.
     """
 
-    parts: tuple[FullPart | SparsePart | DecoderPart, ...]
+    parts: tuple[AnyPart, ...]
     batch: int
     length: int
     positions: Tensor
@@ -88,7 +113,8 @@ class Plan:
     num_extra: int = 0
     kept: Tensor | None = None
     packing: Packing | None = None
-    extents: Tensor | None = None
+    row: Row | None = None
+    rotation: Rotation | None = None
 
     @property
     def num_documents(self) -> int:
@@ -100,6 +126,17 @@ class Plan:
         if self.packing is not None:
             return states.flatten(0, 1)[self.packing.sources][None]
         return pad_to_blocks(states, self.block_size, dim=1) if self.block_size > 1 else states
+
+    def rotated(self, config, states: Tensor) -> "Plan":
+        """The plan for `states` in its layout, with their rotation if positions are rotary. What is no token of the
+        input, extra global tokens included, has position 0, at which nothing is turned."""
+        if config.position_embedding_type != "rotary":
+            return self
+        positions = self.positions
+        if self.packing is not None:
+            positions = self.enter(positions.expand(self.batch, -1))
+        positions = nn.functional.pad(positions, (0, states.shape[1] - positions.shape[1]))
+        return replace(self, rotation=make_rotation(config, positions))
 
     def leave(self, states: Tensor) -> Tensor:
         """The reverse, with zeros for what is not kept, and without the extra tokens."""
@@ -135,21 +172,15 @@ class Plan:
         """
         if self.packing is None:
             return self.parts[0].attend(module, query, key, value, output_attentions)
-        if self.extents is not None and not output_attentions:
-            return self._attend_at_once(module, query, key, value), None
-        taken = zip(*(self._split(tensor) for tensor in (query, key, value)), strict=True)
+        if self.row is not None and not output_attentions:
+            return self.row.attend(module, query, key, value), None
+        queries, keys, values = (self._split(tensor) for tensor in (query, key, value))
         results = [
-            part.attend(module, *tensors, output_attentions) for part, tensors in zip(self.parts, taken, strict=True)
+            part.attend(module, own_query, own_key, own_value, output_attentions)
+            for part, own_query, own_key, own_value in zip(self.parts, queries, keys, values, strict=True)
         ]
-        probabilities = self._probabilities(query, results) if output_attentions else None
+        probabilities = self._probabilities(self.packing.spans, query, results) if output_attentions else None
         return self._join([context for context, _ in results]), probabilities
-
-    def _attend_at_once(self, module, query, key, value) -> Tensor:
-        pattern = self.parts[0].whole_pattern(module.layer_idx, module.training).for_heads(module.heads)
-        is_padded = any(part.key_mask is not None for part in self.parts)
-        key_mask = self.packing.is_real[None] if is_padded else None
-        forward = self.choice.engine.forward_documents
-        return forward(query, key, value, pattern, key_mask, self.extents, scaling=module.scaling)
 
     def _split(self, row: Tensor) -> Iterator[Tensor]:
         """`[1, heads, packed length and extra tokens, dim]` -> of each part its documents and their extra tokens."""
@@ -172,11 +203,11 @@ class Plan:
         row = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
         return row[None].transpose(1, 2)
 
-    def _probabilities(self, query, results) -> Tensor:
+    def _probabilities(self, spans: tuple[Span, ...], query: Tensor, results) -> Tensor:
         """Those of the padded batch."""
         found = query.new_zeros(self.batch, query.shape[1], self.length, self.length)
         documents = (document for _, probabilities in results for document in probabilities)
-        for span, document in zip(self.packing.spans, documents, strict=True):
+        for span, document in zip(spans, documents, strict=True):
             own = slice(span.first, span.first + span.length)
             found[span.row, :, own, own] = document[:, : span.length, : span.length]
         return found
@@ -199,16 +230,19 @@ class Plan:
         if self.packing is None:
             for some in runs(0, self.batch, max(1, size // states.shape[1])):
                 documents = slice(some.start, some.stop)
-                yield states[documents], replace(self, parts=(self.parts[0].some(documents),), batch=len(some))
+                own = (self.parts[0].some(documents),)
+                rotation = self.rotation and self.rotation.of_documents(documents)
+                yield states[documents], replace(self, parts=own, batch=len(some), rotation=rotation)
             return
         for parts in self._parts_of(size):
             first = parts[0].start
-            own = tuple(replace(part, start=part.start - first) for part in parts)
-            yield states[:, first : parts[-1].end], replace(self, parts=own)
+            moved = tuple(replace(part, start=part.start - first) for part in parts)
+            places = slice(first, parts[-1].end)
+            yield states[:, places], replace(self, parts=moved, rotation=self.rotation and self.rotation.of(places))
 
-    def _parts_of(self, size: int) -> Iterator[list[Part]]:
+    def _parts_of(self, size: int) -> Iterator[list[AnyPart]]:
         """Neighbouring parts, cut where they are too large, of up to `size` tokens together or of one document."""
-        gathered = []
+        gathered: list[AnyPart] = []
         for part in self.parts:
             for some in runs(0, part.documents, max(1, size // part.size)):
                 piece = part.some(slice(some.start, some.stop))
@@ -235,7 +269,7 @@ class Plan:
 class _Reader(NamedTuple):
     """The settings of a model."""
 
-    config: object
+    config: "BigBirdConfig"
     sparsity: Sparsity
     tokens: Tokens
     reads_sparsely: bool
@@ -287,7 +321,7 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
         ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
     """
     sparsity = Sparsity.from_config(config)
-    keys = tokens.keys if tokens.has_cache else tokens.length
+    keys = tokens.length if tokens.keys is None else tokens.keys
     reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
     reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
     kept = _kept(reader, keeps)
@@ -300,11 +334,11 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     if reads_sparsely and torch.compiler.is_compiling() and not is_exporting():
         _refuse_documents(tokens)
     if not reads_sparsely:
-        part = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
-        return Plan((part,), **shape, kept=kept)
+        full = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
+        return Plan((full,), **shape, kept=kept)
     if config.is_decoder:
-        part = decoder_part(sparsity, tokens, reader.choose_engine(has_global_tokens=False))
-        return Plan((part,), **shape, choice=part.choice)
+        choice = reader.choose_engine(has_global_tokens=False)
+        return Plan((decoder_part(sparsity, tokens, choice),), **shape, choice=choice)
     part = _sparse_part(reader)
     return Plan((part,), **shape, choice=part.choice, block_size=config.block_size, kept=kept)
 
@@ -319,7 +353,9 @@ def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
 
 
 def _check_length(config, tokens: Tokens, length: int) -> None:
-    most, past = config.max_position_embeddings, tokens.past
+    most, past = config.longest_input, tokens.past
+    if most is None:
+        return
     if tokens.position_ids is None:
         needed = past + length if isinstance(past, int) else 0
     else:
@@ -361,7 +397,7 @@ def _kept(reader: _Reader, keeps: str) -> Tensor | None:
 def _full_mask(reader: _Reader) -> FullMask:
     """The mask of a batch that is read in full as it came."""
     config, tokens, num_extra = reader.config, reader.tokens, reader.config.num_extra_global_tokens
-    attention_mask, keys = tokens.attention_mask, tokens.keys if tokens.has_cache else tokens.length
+    attention_mask, keys = tokens.attention_mask, tokens.length if tokens.keys is None else tokens.keys
     if is_tracing() and not tokens.has_cache and attention_mask is None and tokens.position_ids is not None:
         attention_mask = same_document_mask(tokens.position_ids.expand(tokens.batch, -1))
     places = tokens.places
@@ -390,8 +426,8 @@ def _sparse_part(reader: _Reader) -> SparsePart:
             f"[batch, length]. Masks of more dimensions need attention_type='original_full'."
         )
     mask = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
-    part = whole_batch(sparsity, mask, tokens, chosen=chosen, num_extra=config.num_extra_global_tokens)
-    return replace(part, choice=reader.choose_engine(part.global_tokens is not None))
+    num_extra = config.num_extra_global_tokens
+    return whole_batch(sparsity, mask, tokens, reader.choose_engine, chosen=chosen, num_extra=num_extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,16 +441,15 @@ def _find_documents(reader: _Reader, kept: Tensor | None) -> tuple[list[Span], b
     config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
     if is_tracing() or tokens.has_cache:
         return [], False
-    if tokens.has_documents:
-        rows = _documents_of_positions(tokens)
-        return _spans(reader, rows, own_patterns=True), True
-    if kept is None or (kept & (tokens.attention_mask == 0)).any():
+    if tokens.has_documents and tokens.position_ids is not None:
+        documents = _documents_of_positions(tokens.position_ids, tokens.batch, tokens.length)
+        return _spans(reader, documents, own_patterns=True), True
+    if kept is None or tokens.attention_mask is None or (kept & (tokens.attention_mask == 0)).any():
         return [], False
     per_document = config.pattern_per_document
     real = (tokens.attention_mask != 0).cpu()
-    rows = [(row, places) for row, places in enumerate(real.unbind()) if places.any()]
-    rows = [(row, *_extent(places)) for row, places in rows]
-    spans = _spans(reader, rows, own_patterns=per_document)
+    documents = [(row, *_extent(places)) for row, places in enumerate(real.unbind()) if places.any()]
+    spans = _spans(reader, documents, own_patterns=per_document)
     block_size = sparsity.block_size if reader.reads_sparsely else 1
     padded = tokens.batch * count_blocks(tokens.length, block_size) * block_size
     if not per_document and sum(span.size for span in spans) >= padded:
@@ -428,13 +463,11 @@ def _extent(real: Tensor) -> tuple[int, int]:
     return int(places[0]), int(places[-1]) + 1
 
 
-def _documents_of_positions(tokens: Tokens) -> list[tuple[int, int, int]]:
+def _documents_of_positions(position_ids: Tensor, batch: int, length: int) -> list[tuple[int, int, int]]:
     """Of each document its row, its first place and the one behind its last."""
-    firsts = zip(*(tensor.tolist() for tensor in first_tokens(tokens.position_ids, tokens.batch)), strict=True)
-    ends = [*firsts, (tokens.batch, 0)]
-    return [
-        (row, first, end if next_row == row else tokens.length) for (row, first), (next_row, end) in pairwise(ends)
-    ]
+    firsts = zip(*(tensor.tolist() for tensor in first_tokens(position_ids, batch)), strict=True)
+    ends = [*firsts, (batch, 0)]
+    return [(row, first, end if next_row == row else length) for (row, first), (next_row, end) in pairwise(ends)]
 
 
 def _spans(reader: _Reader, documents: list[tuple[int, int, int]], own_patterns: bool) -> list[Span]:
@@ -482,7 +515,7 @@ def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan
         choice=choice,
         num_extra=num_extra,
         packing=packing,
-        extents=_extents(reader, spans) if choice and hasattr(choice.engine, "forward_documents") else None,
+        row=_row(spans, parts, packing.is_real),
     )
 
 
@@ -513,7 +546,8 @@ def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor
     first = torch.zeros(tokens.batch, 1, dtype=torch.int64)
     for span in spans:
         first[span.row] = span.first
-    return (positions - first.to(tokens.device)).clamp(0, config.max_position_embeddings - 1)  # padding gets any
+    last = None if config.longest_input is None else config.longest_input - 1
+    return (positions - first.to(tokens.device)).clamp(0, last)  # padding gets any
 
 
 def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chosen, choice) -> FullPart | SparsePart:
@@ -552,14 +586,19 @@ def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chose
     )
 
 
-def _extents(reader: _Reader, spans: list[Span]) -> Tensor | None:
-    """Of documents with one pattern, what `triton.forward_documents` takes; None for others."""
-    block_size = reader.sparsity.block_size
-    if len({span.num_blocks for span in spans}) > 1 or spans[0].num_blocks is None:
+def _row(spans: list[Span], parts: Sequence[AnyPart], is_real: Tensor) -> Row | None:
+    """What an engine takes in one go, if it does, and if the documents have one pattern."""
+    part = parts[0]
+    if len({span.num_blocks for span in spans}) > 1 or not isinstance(part, SparsePart):
+        return None
+    forward, block_size = getattr(part.choice.engine, "forward_documents", None), part.sparsity.block_size
+    if forward is None:
         return None
     extents, start = [], 0
     for span in spans:
         end_block = span.first_block + span.size // block_size
         extents.append((start - span.first_block * block_size, span.first_block, end_block))
         start += span.size
-    return torch.tensor(extents, dtype=torch.int32, device=reader.tokens.device)
+    is_padded = any(getattr(part, "key_mask", None) is not None for part in parts)
+    table = torch.tensor(extents, dtype=torch.int32, device=is_real.device)
+    return Row(forward, part, is_real[None] if is_padded else None, table)

@@ -18,6 +18,8 @@ from bigbird_plus.attention.impl import flash_cpu, gather, reference
 from bigbird_plus.attention.parts import Tokens, decoder_part
 from bigbird_plus.attention.random_blocks import CausalPlan
 
+pytestmark = pytest.mark.torch_only
+
 HEADS = 2
 
 

@@ -14,6 +14,8 @@ from bigbird_plus.attention.masks import FullMask
 
 from ..peers import random_ids, scale_weights, tiny_settings
 
+pytestmark = pytest.mark.torch_only
+
 REPEATING = Sparsity(num_attention_heads=2, block_size=32, num_random_blocks=1)
 WIDE = Sparsity(
     num_attention_heads=2, block_size=32, num_random_blocks=1, num_sliding_window_blocks=5, num_global_blocks=3

@@ -12,6 +12,8 @@ from bigbird_plus.attention import common
 from bigbird_plus.attention.global_tokens import find_global_tokens
 from bigbird_plus.attention.impl import flash_cpu, gather, reference
 
+pytestmark = pytest.mark.torch_only
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -9,6 +9,8 @@ from bigbird_plus.attention.impl import reference
 
 from ..peers import random_ids, scale_weights, tiny_settings
 
+pytestmark = pytest.mark.torch_only
+
 SIZES = {"block_size": 8, "num_random_blocks": 1}  # sparse from 57 tokens on
 
 

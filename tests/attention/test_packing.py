@@ -11,6 +11,8 @@ from bigbird_plus.attention.plan import make_plan
 
 from ..peers import make_pair, random_ids
 
+pytestmark = pytest.mark.torch_only
+
 
 def mask_of(lengths, total, side):
     """`[batch, total]`, with real tokens at the left or the right, or with holes among them."""

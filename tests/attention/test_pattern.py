@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from bigbird_plus import BigBirdConfig, Sparsity
 from bigbird_plus.attention.random_blocks import NO_BLOCK
 
+pytestmark = pytest.mark.torch_only
+
 
 def reads(pattern, row, head=0):
     """The blocks that a row reads, each as often as it does."""

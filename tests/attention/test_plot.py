@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from bigbird_plus.attention.pattern import KINDS_OF_READING, Sparsity
 
+pytestmark = pytest.mark.torch_only
+
 NONE, RANDOM, WINDOW, GLOBAL, REPEATED = range(len(KINDS_OF_READING))
 SPARSITY = Sparsity(num_attention_heads=2, block_size=8)
 

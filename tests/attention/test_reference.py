@@ -9,6 +9,8 @@ import torch
 from bigbird_plus import Sparsity
 from bigbird_plus.attention.impl import reference
 
+pytestmark = pytest.mark.torch_only
+
 
 def random_tensors(batch, heads, length, dim, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """Attention that reads a document some blocks after others, against the definition."""
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from bigbird_plus.attention.impl import reference
 from bigbird_plus.attention.impl.flash_cpu import Stream, is_streamable
 
 from .test_linear_engines import DTYPES, case, padding_mask
+
+pytestmark = pytest.mark.torch_only
 
 
 @st.composite

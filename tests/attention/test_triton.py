@@ -14,6 +14,8 @@ from ..peers import make_model, random_ids
 
 triton = pytest.importorskip("bigbird_plus.attention.impl.triton")
 
+pytestmark = [pytest.mark.gpu, pytest.mark.torch_only]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":

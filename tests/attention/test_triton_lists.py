@@ -7,6 +7,8 @@ import torch
 from bigbird_plus import Sparsity
 from bigbird_plus.attention.impl.triton_lists import make_lists
 
+pytestmark = pytest.mark.torch_only
+
 PATTERNS = {
     "evaluation": Sparsity(3, num_random_blocks=2).pattern(12),
     "training": Sparsity(3, num_random_blocks=2).pattern(12, training=True),

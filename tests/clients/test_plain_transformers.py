@@ -1,56 +1,76 @@
 """Checkpoints that are written here and read by transformers alone, in a process without the package, and the other
 way round."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import bigbird_plus
-from tests.peers import MODELS, make_pair, random_inputs
+from tests import fresh
+from tests.peers import MODELS, make_model, random_inputs
 
-SHAPES = {"full": 40, "sparse": 128}
+LANGUAGE_MODELS = ["BigBirdForPreTraining", "BigBirdForMaskedLM", "BigBirdForCausalLM"]
+EXCHANGED = [*MODELS, *(f"{name}-untied" for name in LANGUAGE_MODELS), "BigBirdForCausalLM-decoder"]
+# Lengths, and whether padded. The short one comes last: it switches transformers' model to full attention for ever.
+INPUTS = {"padded": (131, True), "sparse": (128, False), "full": (40, False)}
 SCRIPT = """
 import sys, torch, transformers
-for name in sys.argv[1:]:
-    model, info = getattr(transformers, name).from_pretrained(f"{name}/ours", output_loading_info=True)
-    assert not any(info.values()), (name, info)
-    model.eval().save_pretrained(f"{name}/theirs")
-    for kind in ("sparse", "full"):  # a short input switches it to full attention for ever
-        with torch.no_grad():
-            outputs = model(**torch.load(f"{name}/{kind}.inputs"), return_dict=False)
-        torch.save([value for value in outputs if isinstance(value, torch.Tensor)], f"{name}/{kind}.outputs")
-assert "bigbird_plus" not in sys.modules
+
+
+def answer(model, inputs):
+    with torch.no_grad():
+        return [value for value in model(**inputs, return_dict=False) if isinstance(value, torch.Tensor)]
+
+
+for folder in sys.argv[1:]:
+    model_class = getattr(transformers, folder.split("-")[0])
+    model, info = model_class.from_pretrained(f"{folder}/ours", output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    config = transformers.AutoConfig.from_pretrained(f"{folder}/ours")
+    assert all(type(one).__module__.startswith("transformers.") for one in (model, config))
+    inputs = torch.load(f"{folder}/inputs.pt")
+    found = {"ours": {kind: answer(model, inputs[kind]) for kind in inputs}}
+    for name, parameter in model.named_parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape) + ("LayerNorm.weight" in name)
+    model.save_pretrained(f"{folder}/theirs")
+    model = model_class.from_pretrained(f"{folder}/theirs")
+    found["theirs"] = {kind: answer(model, inputs[kind]) for kind in inputs}
+    torch.save(found, f"{folder}/outputs.pt")
+assert not any(name.startswith("bigbird_plus") for name in sys.modules)
 """
 
 
-def settings_of(name):
-    return {"is_decoder": name == "BigBirdForCausalLM", "use_cache": False}
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Every model, written by us, read by transformers, and written again; and what it makes of some inputs."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        model, _ = make_pair(name, **settings_of(name))
-        model.save_pretrained(folder / name / "ours")
-        for kind, length in SHAPES.items():
-            torch.save(random_inputs(name, 2, length, padded=False, labels=False), folder / name / f"{kind}.inputs")
-    subprocess.run([sys.executable, "-c", SCRIPT, *MODELS], cwd=folder, check=True)
-    return folder
+def exchange(tmp_path_factory):
+    """Every model, written by us, read by transformers, and written again with other weights; and what it makes of
+    some inputs with each."""
+    root = tmp_path_factory.mktemp("models")
+    for folder in EXCHANGED:
+        name, _, variant = folder.partition("-")
+        settings = {"tie_word_embeddings": variant != "untied", "is_decoder": variant == "decoder", "use_cache": False}
+        make_model(name, **settings).save_pretrained(root / folder / "ours")
+        inputs = {
+            kind: random_inputs(name, 2, length, padded=padded, labels=False)
+            for kind, (length, padded) in INPUTS.items()
+            if variant != "decoder" or kind == "full"  # their sparse decoder reads the future
+        }
+        torch.save(inputs, root / folder / "inputs.pt")
+    fresh.run(SCRIPT, *EXCHANGED, folder=root)
+    return root
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_transformers_reads_ours_and_we_read_theirs(name, folder):
-    model, info = getattr(bigbird_plus, name).from_pretrained(folder / name / "theirs", output_loading_info=True)
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+@pytest.mark.parametrize("folder", EXCHANGED)
+def test_both_read_the_same_files_alike(folder, whose, exchange):
+    model_class = getattr(bigbird_plus, folder.split("-")[0])
+    model, info = model_class.from_pretrained(exchange / folder / whose, output_loading_info=True)
     assert not any(info.values())
-    kinds = ["full"] if name == "BigBirdForCausalLM" else list(SHAPES)  # their sparse decoder reads the future
-    for kind in kinds:
+    everything = torch.load(exchange / folder / "outputs.pt")[whose]
+    for kind, inputs in torch.load(exchange / folder / "inputs.pt").items():
         with torch.no_grad():
-            outputs = model.eval()(**torch.load(folder / name / f"{kind}.inputs"), return_dict=False)
-        expected = torch.load(folder / name / f"{kind}.outputs")
+            outputs = model.eval()(**inputs, return_dict=False)
         found = [value for value in outputs if isinstance(value, torch.Tensor)]
-        assert len(found) == len(expected)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert len(found) == len(everything[kind])
+        mask = inputs.get("attention_mask")
+        for one, other in zip(found, everything[kind], strict=True):
+            real = mask.bool() if mask is not None and one.shape[:2] == mask.shape else ...
+            torch.testing.assert_close(one[real], other[real], atol=2e-5, rtol=1e-5)

@@ -5,9 +5,9 @@ replaced: the checkpoints by small ones with random weights, the article by a te
 """
 
 import doctest
+import io
 import math
 import re
-import subprocess
 import sys
 from types import ModuleType
 
@@ -171,11 +171,10 @@ def test_auto_model_in_half_precision():
     assert tokenizer.decode(logits[0, masked].argmax(dim=-1))
 
 
-def test_command_line():
+def test_command_line(run_command, monkeypatch):
     """The page pipes a sentence into `transformers run`, which knows no plugins and is gone from transformers 5."""
-    command = [sys.executable, "-m", "bigbird_plus.cli", "fill-mask", "--model", "google/bigbird-roberta-base"]
-    result = subprocess.run(command, input=SENTENCE, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    predictions = re.findall(r"│ 1 +│ (.+?) +│ (\S+) +│", result.stdout)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(SENTENCE))
+    shown = run_command("fill-mask", "--model", "google/bigbird-roberta-base")
+    predictions = re.findall(r"│ 1 +│ (.+?) +│ (\S+) +│", shown)
     assert len(predictions) == 5
     assert all(0 < float(probability) < 1 for _, probability in predictions)

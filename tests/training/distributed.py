@@ -1,7 +1,4 @@
-"""Programs that `torchrun` starts, one copy a process. They write what they saw to files for the tests to read."""
-
-import sys
-from pathlib import Path
+"""Programs of which each process runs a copy. They write what they saw to files for the tests to read."""
 
 import torch
 from transformers import default_data_collator
@@ -49,7 +46,6 @@ def fully_sharded(folder):
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.distributed.init_process_group("gloo")
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mesh = torch.distributed.init_device_mesh("cpu", (processes,))
     model = tiny_model(SHARDED)
@@ -83,8 +79,10 @@ def train_by_hand(model, part=slice(None)):
     return losses
 
 
-if __name__ == "__main__":
-    results = {"ddp": data_parallel, "fsdp": fully_sharded}[sys.argv[1]](sys.argv[2])
+def run(folder):
+    """Both in turn: what the first process has found."""
+    torch.distributed.init_process_group("gloo")
+    results = {"ddp": data_parallel(folder), "fsdp": fully_sharded(folder)}
     if torch.distributed.get_rank() == 0:
-        torch.save(results, Path(sys.argv[2], "results.pt"))
+        torch.save(results, f"{folder}/results.pt")
     torch.distributed.destroy_process_group()

@@ -48,6 +48,7 @@ def load(**settings):
     return AutoModelForMaskedLM.from_pretrained(DEMO, dtype=torch.float32, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row, settings",
     [
@@ -63,6 +64,7 @@ def test_loss_on_the_excerpt(row, settings, tokenizer, excerpt):
     )
 
 
+@pytest.mark.slow
 def test_it_has_learned_something(tokenizer, excerpt):
     torch.manual_seed(0)
     untrained = bigbird_plus.BigBirdForMaskedLM(load().config).eval()

@@ -1,11 +1,7 @@
 """Two processes do what one does."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch.distributed.tensor.experimental import context_parallel
 
+from tests import fresh
 from tests.peers import MODELS, TASK_MODELS, random_ids
 from tests.training import distributed
 from tests.training.common import tiny_model
@@ -23,16 +20,11 @@ from tests.training.test_peft import assert_close, outputs
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_two_processes(program, folder):
-    """What a program of `distributed` found in two real processes that talk through gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command += ["-m", distributed.__name__, program, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def found_by_two(tmp_path_factory):
+    """What the programs of `distributed` found in two real processes that talk through gloo."""
+    folder = tmp_path_factory.mktemp("two")
+    fresh.run_in_parallel(distributed.run, str(folder))
     return torch.load(folder / "results.pt")
 
 
@@ -43,8 +35,9 @@ def assert_same_training(found, expected):
         torch.testing.assert_close(found["weights"][key.removeprefix("module.")], weight, atol=2e-3, rtol=0)
 
 
-def test_data_parallel_training_of_every_head_is_that_of_one_process(tmp_path):
-    found = run_two_processes("ddp", tmp_path)
+@pytest.mark.distributed
+def test_data_parallel_training_of_every_head_is_that_of_one_process(found_by_two, tmp_path):
+    found = found_by_two["ddp"]
     expected = distributed.train_every_head(tmp_path / "one")
     assert found.keys() == set(TASK_MODELS)
     for name in TASK_MODELS:
@@ -52,8 +45,9 @@ def test_data_parallel_training_of_every_head_is_that_of_one_process(tmp_path):
         assert_same_training(found[name], expected[name])
 
 
-def test_sharded_training_is_that_of_one_process(tmp_path):
-    found = run_two_processes("fsdp", tmp_path)
+@pytest.mark.distributed
+def test_sharded_training_is_that_of_one_process(found_by_two):
+    found = found_by_two["fsdp"]
     assert found["processes"] == 2
     assert found["units"].count("FSDPBigBirdLayer") == 2  # both layers, and the model around them
     assert len(found["units"]) == 3

@@ -53,10 +53,12 @@ def final_loss(folder, **pattern):
     return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
 
 
+@pytest.mark.slow
 def test_bigbird_learns_a_fact_that_stands_far_away(tmp_path):
     assert final_loss(tmp_path, num_random_blocks=3) < 0.15
 
 
+@pytest.mark.slow
 def test_a_window_alone_does_not_see_it(tmp_path):
     assert final_loss(tmp_path, num_random_blocks=0, num_global_blocks=0) > 0.6
 

@@ -28,7 +28,7 @@ from transformers import TorchAoConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import bigbird_plus
-from tests.peers import TASK_MODELS, make_pair, random_inputs
+from tests.peers import TASK_MODELS, few_are_quick, make_pair, random_inputs
 from tests.training.common import LENGTH, labelled_rows, make_trainer, tiny_model
 
 PEFT_IS_RECENT = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
@@ -149,7 +149,7 @@ def adapter_config(method, name):
 
 
 @pytest.mark.parametrize("name", MATRIX_HEADS)
-@pytest.mark.parametrize("method", MATRIX_METHODS)
+@pytest.mark.parametrize("method", few_are_quick(MATRIX_METHODS, quick=("lora", "ia3")))
 def test_every_adapter_on_every_head_learns_as_on_the_built_in_model_and_is_saved_and_merged(method, name, tmp_path):
     inputs = random_inputs(name, 2, 40)
     unlabelled = random_inputs(name, 2, 40, labels=False)
@@ -343,6 +343,7 @@ def test_lora_learns_on_a_base_quantized_to_int8(tmp_path):
 
 
 def test_without_peft_all_the_rest_works(tmp_path):
+    """In a new interpreter: transformers asks once what is installed."""
     program = """
 import sys
 sys.modules["peft"] = None  # as if it were not installed

@@ -1,8 +1,6 @@
 """Every head trains with `Trainer` as it is."""
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,8 @@ from transformers import (
 )
 
 import bigbird_plus
-from tests.peers import TASK_MODELS
+from tests import fresh
+from tests.peers import TASK_MODELS, few_are_quick
 from tests.training import resumable
 from tests.training.common import labelled_rows, make_trainer, tiny_model, trained_weights
 
@@ -80,7 +79,7 @@ def test_gradient_checkpointing_changes_nothing(name, use_reentrant, tmp_path):
     assert_same_weights(checkpointed, plain, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", TASK_MODELS)
+@pytest.mark.parametrize("name", few_are_quick(TASK_MODELS))
 def test_torch_compile_changes_nothing(name, tmp_path):
     """The graph, forward and backward; inductor's own code for it is torch's, and takes a minute to make."""
     settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "settings": {"num_hidden_layers": 1}}
@@ -171,8 +170,9 @@ def test_evaluation_with_metrics_stops_a_run_that_gets_no_better(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     whole = resumable.train(tmp_path / "whole")
-    command = [sys.executable, "-m", resumable.__name__, str(tmp_path / "killed")]
-    assert subprocess.run(command, check=False).returncode == -9
+    process = fresh.start(resumable.train_until_killed, tmp_path / "killed", folder=tmp_path)
+    process.join()
+    assert process.exitcode == -9
     assert (tmp_path / "killed" / "checkpoint-3").is_dir()
     assert not (tmp_path / "killed" / "checkpoint-6").exists()
     resumed = resumable.train(tmp_path / "killed", resume=True)

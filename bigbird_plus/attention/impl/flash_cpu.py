@@ -72,9 +72,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple
     log_sum_exp = torch.empty(query.shape[:-1], dtype=score_dtype(query))
     bias, tokens = _bias_and_tokens(query, reading)
     for documents, groups in _shares(query, reading.pattern, tokens):
-        inputs = [*_in(attention_dtype(query), *_of(documents, query, key, value)), *_of(documents, bias)]
+        inputs = _of(documents, query, key, value, dtype=attention_dtype(query)) + _of(documents, bias)
+        written = _of(documents, output, log_sum_exp)
         for parts in groups:
-            _attend(*_of(documents, output, log_sum_exp), parts, *inputs, reading.scaling)
+            _attend(parts, reading.scaling, *written, *inputs)
     return output, log_sum_exp
 
 
@@ -88,11 +89,11 @@ def gradients(
     bias, tokens = _bias_and_tokens(query, reading)
     elsewhere = _outside_of_global_tokens(log_sum_exp, tokens)
     for documents, groups in _shares(query, reading.pattern, tokens):
-        grad_output, *inputs, context = _in(dtype, *_of(documents, grad, query, key, value, output))
-        inputs = (grad_output, *inputs, *_of(documents, bias), context)
+        inputs = _of(documents, grad, query, key, value, dtype=dtype) + _of(documents, bias)
+        inputs += _of(documents, output, dtype=dtype)
         for parts in groups:
             lse = log_sum_exp if isinstance(parts[0], _GlobalTokensPart) else elsewhere
-            _add_gradients(_of(documents, *grads), parts, *inputs, *_of(documents, lse), reading.scaling)
+            _add_gradients(parts, reading.scaling, _of(documents, *grads), lse[documents], *inputs)
     return grads.to(query.dtype)
 
 
@@ -347,7 +348,7 @@ def _sparse_groups(pattern: BlockPattern, query: Tensor, rows: range, size: int)
             yield [_GatheredPart(pattern, ends, lists, batch)]
     own_block = _causal_bias(pattern, dtype) if pattern.is_causal else None
     for some in runs(inner.start, inner.stop, size):
-        parts = [_WindowPart(pattern, some, batch, own_block)]
+        parts: Group = [_WindowPart(pattern, some, batch, own_block)]
         if pattern.outer_blocks:
             where = slice(some.start, some.stop)
             parts.append(_DensePart(pattern, where, pattern.outer_blocks, _outer_log_counts(pattern, dtype)))
@@ -384,12 +385,8 @@ def _shares(query: Tensor, pattern: BlockPattern, tokens: GlobalTokens | None):
         yield documents, groups if own is None else [*groups, [_GlobalTokensPart(pattern, own)]]
 
 
-def _of(documents: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[documents] for tensor in tensors]
-
-
-def _in(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(dtype) for tensor in tensors]
+def _of(documents: slice, *tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[documents].to(dtype or tensor.dtype) for tensor in tensors]
 
 
 def _outside_of_global_tokens(log_sum_exp: Tensor, tokens: GlobalTokens | None) -> Tensor:
@@ -401,26 +398,31 @@ def _outside_of_global_tokens(log_sum_exp: Tensor, tokens: GlobalTokens | None) 
     return elsewhere
 
 
-def _attend(output, log_sum_exp, parts, query, key, value, bias, scaling) -> None:
+def _attend(parts: Group, scaling: float, output, log_sum_exp, query, key, value, bias) -> None:
     """Writes to `output` and, if it is wanted, to `log_sum_exp` what comes to a group of rows."""
-    merged = None
-    for part in parts:
-        out, lse = flash_attention(
-            part.queries(query),
-            part.keys(key),
-            part.keys(value),
-            is_causal=part.is_causal,
-            attn_mask=part.key_bias(bias),
-            scale=scaling,
-        )
-        result = (part.to_rows(t) for t in (out, lse.unsqueeze(-1)))
-        merged = tuple(result) if merged is None else merge(*merged, *result)
-    part.put(merged[0], output)
+    first, *others = parts
+    rows, lse = _attend_to(first, scaling, query, key, value, bias)
+    for part in others:
+        rows, lse = merge(rows, lse, *_attend_to(part, scaling, query, key, value, bias))
+    first.put(rows, output)
     if log_sum_exp is not None:
-        part.put(merged[1].squeeze(-1), log_sum_exp)
+        first.put(lse.squeeze(-1), log_sum_exp)
 
 
-def _add_gradients(grads, parts, grad_output, query, key, value, bias, output, log_sum_exp, scaling) -> None:
+def _attend_to(part: _DensePart, scaling: float, query, key, value, bias) -> tuple[Tensor, Tensor]:
+    """What comes to some rows from a part, and the log-sum-exps, `[..., 1]`."""
+    output, log_sum_exp = flash_attention(
+        part.queries(query),
+        part.keys(key),
+        part.keys(value),
+        is_causal=part.is_causal,
+        attn_mask=part.key_bias(bias),
+        scale=scaling,
+    )
+    return part.to_rows(output), part.to_rows(log_sum_exp.unsqueeze(-1))
+
+
+def _add_gradients(parts, scaling, grads, log_sum_exp, grad_output, query, key, value, bias, output) -> None:
     """What comes to queries, keys and values through a group of rows: written to the first of `grads`, added to the
     others."""
     grad_query, grad_key, grad_value = grads
@@ -473,13 +475,14 @@ class Stream:
         self.pattern, self.scaling, self.key_mask = pattern, scaling, key_mask
         self.bias = None if key_mask is None else additive_mask(key_mask, score_dtype(query))
         self.dtype = query.dtype
-        query, key, value = _in(attention_dtype(query), query, key, value)
+        query, key, value = (tensor.to(attention_dtype(tensor)) for tensor in (query, key, value))
         self.query, self.ends = query, [tensor.transpose(1, 2) for tensor in (key, value)]
         self.start = self.end = pattern.first_row  # of the blocks that are kept
         self.kept = [tensor[:, :0] for tensor in self.ends]
         self.outer_result = None
         if pattern.outer_blocks:
-            self.outer_result = self._of_outer_rows(key, value, self._of_outer_blocks(self.bias))
+            outer_bias = None if self.bias is None else self._of_outer_blocks(self.bias)
+            self.outer_result = self._of_outer_rows(key, value, outer_bias)
 
     def tokens(self, blocks: range) -> slice:
         """Where the tokens of some blocks are."""
@@ -491,7 +494,7 @@ class Stream:
 
     def read(self, key: Tensor, value: Tensor) -> None:
         """Takes keys and values of the next blocks, `[1, heads, tokens, head_dim]`."""
-        key, value = _in(self.query.dtype, key, value)
+        key, value = key.to(self.query.dtype), value.to(self.query.dtype)
         end = self.end + key.shape[2] // self.pattern.block_size
         if self.outer_result is not None:
             bias = None if self.bias is None else self.bias[:, self.tokens(range(self.end, end))]
@@ -506,7 +509,7 @@ class Stream:
         pattern, query = self.pattern, query.to(self.query.dtype).transpose(1, 2)
         near = replace(pattern, num_blocks=self.end - self.start + len(pattern.outer_blocks))
         shift = pattern.num_leading - self.start
-        tensors = [self._between_ends(*pair) for pair in zip(self.ends, self.kept, strict=True)]
+        key, value = (self._between_ends(*pair) for pair in zip(self.ends, self.kept, strict=True))
         bias = None
         if self.bias is not None:
             bias = self._between_ends(self._of_outer_blocks(self.bias), self.bias[:, self.tokens(self._kept_blocks())])
@@ -515,7 +518,7 @@ class Stream:
         for parts in _sparse_groups(near, query, own_rows, len(rows)):
             for part in parts:
                 part.origin = own_rows.start
-            _attend(context, None, parts, query, *tensors, bias, self.scaling)
+            _attend(parts, self.scaling, context, None, query, key, value, bias)
         self._forget(before=max(rows.stop - pattern.before, self.start))
         return self._finished(context, None if self.key_mask is None else self.key_mask[:, self.tokens(rows)])
 
@@ -523,7 +526,8 @@ class Stream:
         """The context of the outer blocks, `[1, heads, tokens, head_dim]`."""
         if self.outer_result is None:
             return self.query.to(self.dtype)
-        return self._finished(self.outer_result[0], self._of_outer_blocks(self.key_mask))
+        is_real = None if self.key_mask is None else self._of_outer_blocks(self.key_mask)
+        return self._finished(self.outer_result[0], is_real)
 
     def _of_outer_rows(self, key, value, bias) -> tuple[Tensor, Tensor]:
         """What the outer rows get from some keys, `[1, tokens, heads, head_dim]`, with log-sum-exps."""
@@ -539,10 +543,8 @@ class Stream:
         first = self.pattern.num_leading * self.pattern.block_size
         return torch.cat((ends[:, :first], kept, ends[:, first:]), dim=1)
 
-    def _of_outer_blocks(self, tensor: Tensor | None) -> Tensor | None:
+    def _of_outer_blocks(self, tensor: Tensor) -> Tensor:
         """Of `[1, length]` the places of the outer blocks."""
-        if tensor is None:
-            return None
         inner = self.tokens(range(self.pattern.first_row, self.pattern.last_row))
         return torch.cat((tensor[:, : inner.start], tensor[:, inner.stop :]), dim=1)
 

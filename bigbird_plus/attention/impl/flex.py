@@ -10,7 +10,7 @@ size, and lengths are numbers in tensors: where sizes vary, torch's C++ for the 
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +134,8 @@ def _make_plan(pattern: BlockPattern, heads: int, device: torch.device) -> _Plan
         table[:, rows] = tensor.to(dtype)
         return _as_table(table.to(device))
 
-    again = tuple((of_all_rows(block, torch.int32), of_all_rows(gain, torch.float32)) for block, gain in again)
-    return _Plan(reads[None, ..., :num_blocks].to(device), again)
+    tables = tuple((of_all_rows(block, torch.int32), of_all_rows(gain, torch.float32)) for block, gain in again)
+    return _Plan(reads[None, ..., :num_blocks].to(device), tables)
 
 
 def _again(lists: Tensor, place: int) -> tuple[Tensor, Tensor]:
@@ -149,12 +149,12 @@ def _again(lists: Tensor, place: int) -> tuple[Tensor, Tensor]:
 def _count_again(again, num_blocks: int, block_size: int) -> Callable[..., Tensor]:
     """The function that adds to the scores of what is read again."""
     device = again[0][0].device
-    num_blocks, block_size = (torch.tensor(size, device=device) for size in (num_blocks, block_size))
+    blocks, tokens = (torch.tensor(size, device=device) for size in (num_blocks, block_size))
 
     def score_mod(score, batch, head, query_place, key_place):
-        row = head * num_blocks + query_place // block_size
+        row = head * blocks + query_place // tokens
         for block, gain in again:
-            score = score + torch.where(_look_up(block, row) == key_place // block_size, _look_up(gain, row), 0.0)
+            score = score + torch.where(_look_up(block, row) == key_place // tokens, _look_up(gain, row), 0.0)
         return score
 
     return score_mod
@@ -163,8 +163,9 @@ def _count_again(again, num_blocks: int, block_size: int) -> Callable[..., Tenso
 def _make_block_mask(reads: Tensor, key_mask: Tensor | None, block_size: int) -> BlockMask:
     """`reads` as lists, without what is padding."""
     num_blocks = reads.shape[-1]
+    full_lists: list[Tensor | None]
     if key_mask is None:
-        full_lists, mask_mod = [None] * 4, None
+        full_lists, mask_mod = [None] * 4, noop_mask
     else:
         blocks = key_mask.unflatten(1, (num_blocks, block_size))
         has_tokens, is_full = blocks.any(-1)[:, None], blocks.all(-1)[:, None]
@@ -174,10 +175,10 @@ def _make_block_mask(reads: Tensor, key_mask: Tensor | None, block_size: int) ->
         full_lists = [*_to_lists(full), *_to_lists(full.mT)]
         mask_mod = _hide_padding(key_mask)
     names = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
-    lists = dict(zip(names, [*_to_lists(reads), *_to_lists(reads.mT)], strict=True))
+    lists: dict[str, Any] = dict(zip(names, [*_to_lists(reads), *_to_lists(reads.mT)], strict=True))
     lists.update(zip((f"full_{name}" for name in names), full_lists, strict=True))
     length = num_blocks * block_size
-    return BlockMask((length, length), **lists, BLOCK_SIZE=(block_size, block_size), mask_mod=mask_mod or noop_mask)
+    return BlockMask((length, length), **lists, BLOCK_SIZE=(block_size, block_size), mask_mod=mask_mod)
 
 
 def _to_lists(reads: Tensor) -> tuple[Tensor, Tensor]:

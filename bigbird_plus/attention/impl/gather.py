@@ -32,12 +32,12 @@ def forward(
 ) -> Tensor:
     """The context of `reference.forward`, from the same arguments."""
     bias = None if key_mask is None else additive_mask(key_mask, query.dtype)
-    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if pattern.is_causal:
-        context = _attend_causally(*tensors, bias, pattern, scaling)
+        context = _attend_causally(query, key, value, bias, pattern, scaling)
     else:
         global_tokens = with_middle_blocks(global_tokens, pattern, query.shape[0], query.device)
-        context = _attend(*tensors, bias, pattern, global_tokens, scaling)
+        context = _attend(query, key, value, bias, pattern, global_tokens, scaling)
     if key_mask is not None:
         context = context * key_mask[:, :, None, None]
     return context.transpose(1, 2)
@@ -72,8 +72,8 @@ def _attend_causally(query, key, value, bias, pattern, scaling) -> Tensor:
     full_bias = _causal_bias(first * block_size, query.device, query.dtype)
     if bias is not None:
         full_bias = torch.minimum(full_bias, bias[:, None, None, : full_bias.shape[0]])
-    tensors = [tensor[:, : first * block_size].transpose(1, 2) for tensor in (query, key, value)]
-    full = nn.functional.scaled_dot_product_attention(*tensors, full_bias, scale=scaling).transpose(1, 2)
+    asked, keys, values = (tensor[:, : first * block_size].transpose(1, 2) for tensor in (query, key, value))
+    full = nn.functional.scaled_dot_product_attention(asked, keys, values, full_bias, scale=scaling).transpose(1, 2)
     if first == pattern.num_blocks:
         return full
     window = _causal_bias(block_size, query.device, query.dtype, before=pattern.before)
@@ -91,18 +91,18 @@ def _attend_to_lists(
     """What the rows from the first of `rows` to the second read, gathered: `[batch, rows, block, heads, dim]`.
     `own_block`, `[block, keys]`, is added to the scores of each row; `tokens` are the global ones, which they read
     besides."""
-    batch, block_size = query.shape[0], pattern.block_size
-    lists = list_blocks(pattern, *rows, query.device, query.dtype)
+    batch, block_size, (first, last) = query.shape[0], pattern.block_size, rows
+    lists = list_blocks(pattern, first, last, query.device, query.dtype)
     keys, values = (lists.gather(blocks_of(tensor, pattern)) for tensor in (key, value))
     score_bias = lists.key_bias(bias, pattern)
     if tokens is not None:
-        unread = unread_bias(pattern, *rows, tokens, bias, query.dtype)[:, :, :, None]
+        unread = unread_bias(pattern, first, last, tokens, bias, query.dtype)[:, :, :, None]
         if score_bias is None:
             score_bias = unread.new_zeros(*unread.shape[:4], keys.shape[2])
         score_bias = torch.cat((score_bias.expand(batch, -1, -1, -1, -1), unread), dim=-1)
         chosen = (tokens.take(tensor).transpose(1, 2)[:, None] for tensor in (key, value))
         keys, values = (
-            torch.cat((tensor, join(more.expand(-1, rows[1] - rows[0], -1, -1, -1), 0)), dim=2)
+            torch.cat((tensor, join(more.expand(-1, last - first, -1, -1, -1), 0)), dim=2)
             for tensor, more in zip((keys, values), chosen, strict=True)
         )
     if score_bias is not None:
@@ -110,10 +110,10 @@ def _attend_to_lists(
         score_bias = join(score_bias, 0).expand(-1, -1, block_size, -1)
     if own_block is not None:
         score_bias = own_block if score_bias is None else torch.minimum(score_bias, own_block)
-    index = torch.arange(*rows, device=query.device)  # of a slice, torch asks whether the batch is 1
+    index = torch.arange(first, last, device=query.device)  # of a slice, torch asks whether the batch is 1
     row_query = join(blocks_of(query, pattern).index_select(1, index), 0).transpose(1, 2)
     context = nn.functional.scaled_dot_product_attention(row_query, keys, values, score_bias, scale=scaling)
-    return context.transpose(1, 2).unflatten(0, (batch, rows[1] - rows[0]))
+    return context.transpose(1, 2).unflatten(0, (batch, last - first))
 
 
 def _causal_bias(block_size: int, device, dtype: torch.dtype, before: int = 0) -> Tensor:
@@ -172,8 +172,8 @@ def attend_to_cache(
     asked = _take(query, source[:, None].expand(batch, heads, -1)).unflatten(2, (count, width)).transpose(1, 2)
     read = cached.transpose(1, 2).flatten(2).expand(batch, heads, -1)
     keys, values = (_take(tensor, read).unflatten(2, (count, -1)).transpose(1, 2) for tensor in (key, value))
-    tensors = (tensor.flatten(0, 1) for tensor in (asked, keys, values, bias))
-    context = nn.functional.scaled_dot_product_attention(*tensors, scale=scaling)
+    asked, keys, values, bias = (tensor.flatten(0, 1) for tensor in (asked, keys, values, bias))
+    context = nn.functional.scaled_dot_product_attention(asked, keys, values, bias, scale=scaling)
     context = context.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
     return _take(context, (places - first)[:, None].expand(batch, heads, -1))
 

@@ -73,8 +73,7 @@ def attention(
     if not pattern.is_causal:
         return block_sparse_attention(query, key, value, pattern, key_mask, global_tokens, scaling=scaling)
     places = torch.arange(query.shape[2], device=query.device)
-    how = {"places": places, "offset": None, "key_mask": key_mask, "scaling": scaling}
-    return causal_attention(query, key, value, pattern, **how)
+    return causal_attention(query, key, value, pattern, places=places, offset=None, key_mask=key_mask, scaling=scaling)
 
 
 def block_sparse_attention(

@@ -54,13 +54,13 @@ def _count_readings(pattern: BlockPattern) -> tuple[np.ndarray, ...]:
     array of all pairs of blocks, for long documents have many."""
     num_blocks, random = pattern.num_blocks, pattern.random_blocks
     heads = np.arange(1 if random is None else len(random))
-    readings = [np.add.outer(heads * num_blocks**2, _structured_readings(pattern)).ravel()]
+    pairs = [np.add.outer(heads * num_blocks**2, _structured_readings(pattern)).ravel()]
     if random is not None:
         first, last = _sparse_rows(pattern)
         blocks = random[:, first:last]
         own = (heads[:, None, None] * num_blocks + np.arange(first, last)[:, None]) * num_blocks + blocks
-        readings.append(own[blocks != NO_BLOCK])
-    readings, counts = np.unique(np.concatenate(readings), return_counts=True)
+        pairs.append(own[blocks != NO_BLOCK])
+    readings, counts = np.unique(np.concatenate(pairs), return_counts=True)
     head, row, block = np.unravel_index(readings, (len(heads), num_blocks, num_blocks))
     reads_all = np.isin(row, _long_rows(pattern))
     counts[reads_all] = 1
