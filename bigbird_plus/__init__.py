@@ -33,6 +33,7 @@ from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
 __version__ = "0.1.0"
+__docformat__ = "google"  # of docstrings, for pdoc
 
 __all__ = [
     "BigBirdConfig",

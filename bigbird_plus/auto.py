@@ -169,8 +169,9 @@ def replace_builtin() -> None:
 
 def _built_in_modules() -> list:
     """Those that scripts import BigBird from. transformers and its packages ask their modules for what they lack, and
-    so are changed before them."""
-    found = [importlib.import_module("transformers")]  # the module that was imported above may be replaced by now
+    so are changed before them. (transformers puts a second module in its own place while it is imported; users may
+    have either.)"""
+    found = [transformers, sys.modules["transformers"]]
     for name, modules in BUILT_IN_MODULES.items():
         package = importlib.import_module(name)
         found += [package, *(getattr(package, module) for module in modules if hasattr(package, module))]

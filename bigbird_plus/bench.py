@@ -32,7 +32,7 @@ HIDDEN, INTERMEDIATE, HEADS = 768, 3072, 12  # the base size
 WARM_UP = 768  # tokens: few, but more than transformers' BigBird takes for too few, after which it stays dense
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DTYPES = ("float32", "bfloat16", "float16")
-OURS = "bigbird_plus"
+OURS, MODERNBERT = "bigbird_plus", "ModernBERT"
 
 
 def _dense(**sizes):
@@ -56,17 +56,14 @@ def _modernbert(**sizes):
     return transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, attn_implementation="sdpa"))
 
 
-def _bert(**sizes):
-    config = transformers.BertConfig(**sizes, **NO_DROPOUT, attn_implementation="sdpa")
-    return transformers.BertModel(config, add_pooling_layer=False)
-
-
-CONTESTANTS = {
+BIG_BIRDS = {
     OURS: lambda **sizes: BigBirdModel(BigBirdConfig(**sizes, **NO_DROPOUT), add_pooling_layer=False),
     "built-in BigBird": _built_in,
-    "dense sdpa": _dense,
 }
-OTHERS = {"Longformer": _longformer, "ModernBERT, sdpa": _modernbert, "BERT, sdpa": _bert}
+CONTESTANTS = {**BIG_BIRDS, "dense sdpa": _dense}
+MODELS = {**BIG_BIRDS, "Longformer": _longformer, MODERNBERT: _modernbert}
+LAYERS = {MODERNBERT: 22}
+"""Of the published model of the base size, where they are not 12."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Settings:
         layers: layers of each model; times are divided by them.
         batch: documents.
         repeats: turns that count.
-        others: whether other long-document models and BERT take part, for context.
+        models: whether other models for long documents take part, in place of dense attention.
 
     Raises:
         ValueError: if one of them cannot be.
@@ -94,7 +91,7 @@ class Settings:
     layers: int = 2
     batch: int = 1
     repeats: int = 5
-    others: bool = False
+    models: bool = False
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
@@ -112,7 +109,7 @@ class Settings:
     @property
     def contestants(self) -> tuple[str, ...]:
         """Names of those that take part."""
-        return (*CONTESTANTS, *OTHERS) if self.others else tuple(CONTESTANTS)
+        return tuple(MODELS if self.models else CONTESTANTS)
 
     @property
     def factory(self) -> dict:
@@ -127,9 +124,10 @@ def benchmark(settings: Settings) -> dict:
         What `--json` writes. `results`, a dictionary for each length and contestant: `seconds_per_layer` (the median),
         `seconds_of_repeats` (of a layer, too), `peak_bytes`, and of both the ratio to bigbird_plus at this length
         (`time_ratio`, `memory_ratio`) and the growth from the first length, as a multiple of linear growth
-        (`time_growth`, `memory_growth`). `matrix_products`, for each length: `seconds` of a layer's matrix products
-        by torch's default path and by oneDNN's, and `ratio`, our time of a layer to the faster of them. None stands
-        for what could not be measured; `fits` is false where that is for want of memory.
+        (`time_growth`, `memory_growth`); `tokens_per_second` of a whole model of the base size, reckoned from a
+        layer. `matrix_products`, for each length: `seconds` of a layer's matrix products by torch's default path and
+        by oneDNN's, and `ratio`, our time of a layer to the faster of them. None stands for what could not be
+        measured; `fits` is false where that is for want of memory.
     """
     steps = len(settings.contestants) * len(settings.lengths)
     paths = product_paths(settings)
@@ -195,7 +193,7 @@ def _seconds_per_layer(names, paths, length, settings, advance) -> dict[str, lis
 def build(name: str, length: int, settings: Settings) -> torch.nn.Module:
     """A contestant for documents of `length` tokens: base size, random weights, hardly any vocabulary."""
     positions = (length // 512 + 2) * 512  # whole windows of Longformer, which counts from 2, and whole blocks
-    model = {**CONTESTANTS, **OTHERS}[name](
+    model = {**CONTESTANTS, **MODELS}[name](
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_attention_heads=HEADS,
@@ -375,6 +373,7 @@ def summary(settings: Settings, peaks: dict, seconds: dict) -> list[dict]:
                 "fits": fits,
                 "seconds_per_layer": median,
                 "seconds_of_repeats": seconds[length].get(name, []),
+                "tokens_per_second": ratio(settings.batch * length, median and median * LAYERS.get(name, 12)),
                 "peak_bytes": peak,
                 "time_ratio": ratio(median, medians[length, OURS]),
                 "memory_ratio": ratio(peak, peaks[length, OURS][1]),
@@ -391,12 +390,31 @@ def _products_summary(length: int, seconds: dict[str, list[float]], paths) -> di
     return {"length": length, "seconds": medians, "ratio": ratio(ours, min(medians.values()))}
 
 
-def as_table(report: dict) -> Table:
-    """The figures, with the matrix products below each length."""
+def _title(report: dict) -> str:
     settings = report["settings"]
     step = "training step" if settings["train"] else "inference"
-    title = f"{step}, {settings['dtype']}, {settings['device']}, batch of {settings['batch']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    return f"{step}, {settings['dtype']}, {settings['device']}, batch of {settings['batch']}"
+
+
+def as_models_table(report: dict) -> Table:
+    """Tokens a second of whole models of the base size, a row for each, with their ratio to ours at each length."""
+    table = Table(title=f"tokens a second\n{_title(report)}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for length in report["settings"]["lengths"]:
+        table.add_column(f"at {length:,}", justify="right", no_wrap=True)
+    speeds = {(row["contestant"], row["length"]): row["tokens_per_second"] for row in report["results"]}
+    for name in dict.fromkeys(name for name, _ in speeds):
+        cells = []
+        for length in report["settings"]["lengths"]:
+            speed = speeds[name, length]
+            cells.append(f"{_number(speed, 1, 0)} ({_number(ratio(speed, speeds[OURS, length]), 1, 2)})")
+        table.add_row(name, *cells)
+    return table
+
+
+def as_table(report: dict) -> Table:
+    """The figures, with the matrix products below each length."""
+    table = Table(title=_title(report), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("tokens", "", "ms/layer", "ratio", "growth", "peak MiB", "ratio", "growth"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for products in report["matrix_products"]:
@@ -442,9 +460,10 @@ def notes(report: dict) -> list[str]:
     if not all(row["fits"] for row in report["results"]):
         lines.append("*: does not fit in this machine's free memory.")
     layers = report["settings"]["layers"]
-    if report["settings"]["others"] and layers % 3:
+    if report["settings"]["models"]:
         lines.append(
-            f"ModernBERT reads in full in {-(-layers // 3)} of {layers} layers here, otherwise in every third."
+            f"tokens a second: in parentheses as a multiple of {OURS}; of models with 12 layers, ModernBERT 22, "
+            f"reckoned from {layers}, of which ModernBERT reads {-(-layers // 3)} in full."
         )
     return lines
 
@@ -463,22 +482,24 @@ def import_figure():
 
 
 def plot(report: dict, path: str | Path) -> None:
-    """Writes a picture: time and memory against length, a line for each contestant."""
-    figure = import_figure()(figsize=(10, 4.5), layout="constrained")
-    panels = (
-        ("seconds_per_layer", 1e3, "time of a layer (ms)"),
-        ("peak_bytes", 2**-20, "peak memory of a step (MiB)"),
-    )
+    """Writes a picture: speed and memory against length, a line for each contestant, and the machine."""
+    figure = import_figure()(figsize=(10, 4.2), layout="constrained")
+    panels = (("tokens_per_second", 1, "tokens a second"), ("peak_bytes", 2**-20, "memory of a step (MiB)"))
+    lengths = report["settings"]["lengths"]
     for axes, (name, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for contestant in dict.fromkeys(row["contestant"] for row in report["results"]):
             rows = [row for row in report["results"] if row["contestant"] == contestant and row[name] is not None]
-            axes.plot(
-                [row["length"] for row in rows], [row[name] * unit for row in rows], marker="o", label=contestant
-            )
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        lengths = report["settings"]["lengths"]
+            points = [row["length"] for row in rows], [row[name] * unit for row in rows]
+            axes.plot(*points, marker="o", linewidth=3 if contestant == OURS else 1.5, label=contestant)
+        axes.set(xscale="log", yscale="log", xlabel="tokens of a document", title=label)
         axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
+    facts = report["environment"]
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers"))
+    machine = facts["accelerator" if report["settings"]["device"] == "cuda" else "CPU"]
+    figure.supxlabel(f"{_title(report)}; {machine}; {versions}", fontsize=8, color="gray")
+    figure.savefig(path, dpi=110)

@@ -747,6 +747,7 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         base_model: "BigBirdModel"
 
     def __init__(self, config, *args, **kwargs):
+        """Takes a `BigBirdConfig`, or transformers' own."""
         config = BigBirdConfig.of(config)  # which the models take from `self.config`
         super().__init__(config, *args, **kwargs)
         config.check_fields()
@@ -866,6 +867,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
     """
 
     def __init__(self, config, add_pooling_layer=True):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         if config.add_cross_attention and not config.is_decoder:

@@ -42,10 +42,11 @@ logger = logging.get_logger(__name__)
 class BigBirdForPreTrainingOutput(ModelOutput):
     """What `BigBirdForPreTraining` returns.
 
-    loss: scalar, the sum of the masked language modelling and the next sentence loss.
-    prediction_logits: `[batch, length, vocab_size]`.
-    seq_relationship_logits: `[batch, 2]`: whether the second part follows the first (0) or does not (1).
-    hidden_states, attentions: as in all models of transformers.
+    Attributes:
+        loss: scalar, the sum of the masked language modelling and the next sentence loss.
+        prediction_logits: `[batch, length, vocab_size]`.
+        seq_relationship_logits: `[batch, 2]`: whether the second part follows the first (0) or does not (1).
+        hidden_states, attentions: as in all models of transformers.
     """
 
     loss: Tensor | None = None
@@ -59,10 +60,11 @@ class BigBirdForPreTrainingOutput(ModelOutput):
 class BigBirdForQuestionAnsweringModelOutput(ModelOutput):
     """What `BigBirdForQuestionAnswering` returns.
 
-    loss: scalar, the mean of the losses of the start and the end.
-    start_logits, end_logits: `[batch, length]`.
-    pooler_output: `[batch, hidden_size]`, None without a pooling layer.
-    hidden_states, attentions: as in all models of transformers.
+    Attributes:
+        loss: scalar, the mean of the losses of the start and the end.
+        start_logits, end_logits: `[batch, length]`.
+        pooler_output: `[batch, hidden_size]`, None without a pooling layer.
+        hidden_states, attentions: as in all models of transformers.
     """
 
     loss: Tensor | None = None
@@ -270,6 +272,7 @@ class BigBirdForPreTraining(_LanguageModel):
     """Masked language modelling and next sentence prediction."""
 
     def __init__(self, config):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         refuse_decoder(self)
@@ -326,6 +329,7 @@ class BigBirdForMaskedLM(_LanguageModel):
     """Masked language modelling. With `config.is_decoder=True` each place is told from those up to it alone."""
 
     def __init__(self, config):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         self.bert = BigBirdModel(config)
@@ -392,6 +396,7 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
     accepts_loss_kwargs = True
 
     def __init__(self, config):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         if not config.is_decoder:
@@ -525,6 +530,7 @@ class BigBirdForSequenceClassification(_TaskModel):
     """Classes of, or with one label a number for, a whole input."""
 
     def __init__(self, config):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         refuse_decoder(self)
@@ -604,6 +610,7 @@ class BigBirdForMultipleChoice(_TaskModel):
     """Which of several inputs is the right one."""
 
     def __init__(self, config):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         refuse_decoder(self)
@@ -659,6 +666,7 @@ class BigBirdForTokenClassification(_TaskModel):
     """Classes of each token."""
 
     def __init__(self, config):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         super().__init__(config)
         config = self.config
         self.num_labels = config.num_labels
@@ -742,6 +750,7 @@ class BigBirdForQuestionAnswering(_TaskModel):
     """
 
     def __init__(self, config, add_pooling_layer=False):
+        """New weights; `from_pretrained` loads those of a checkpoint."""
         config.num_labels = 2  # start and end
         super().__init__(config)
         config = self.config

@@ -64,11 +64,10 @@ def test_command(run_command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", [*bench.CONTESTANTS, *bench.OTHERS])
+@pytest.mark.parametrize("name", sorted({*bench.CONTESTANTS, *bench.MODELS}))
 def test_contestants_run(name, train):
     """Each is of the same width, and has positions enough for a length that is no multiple of anybody's blocks."""
-    settings = bench.Settings((767,), train=train, layers=1, others=True)
-    assert name in settings.contestants
+    settings = bench.Settings((767,), train=train, layers=1)
     model = bench.build(name, 767, settings)
     assert model.config.hidden_size == bench.HIDDEN
     assert model.training is train
@@ -164,24 +163,25 @@ def test_want_of_memory():
     assert not bench._is_want_of_memory(RuntimeError("shapes do not match"))
 
 
-def report() -> dict:
+def report(models=False) -> dict:
     """Of times and peaks that are made up: ours linear, the built-in BigBird's quadratic until it does not fit."""
-    settings = bench.Settings((1024, 2048), others=True, layers=2)
+    other = bench.MODERNBERT if models else DENSE
+    settings = bench.Settings((1024, 2048), models=models, layers=2)
     peaks, seconds = {}, {}
     for length in settings.lengths:
         size = length // 1024
         peaks |= {(length, name): (True, size * MIB) for name in settings.contestants}
         seconds[length] = {name: [1.0 * size, 9.0, 0.5 * size] for name in settings.contestants}
         seconds[length]["products, torch"] = [0.5 * size]
-        peaks[length, DENSE] = (True, None)
+        peaks[length, other] = (True, None)
     peaks[2048, BUILT_IN] = (False, None)
     del seconds[2048][BUILT_IN]
     seconds[1024][BUILT_IN] = [3.0] * 3
-    seconds[2048][DENSE] = [4.0] * 3
+    seconds[2048][other] = [4.0] * 3
     paths = {"products, torch": None}
     return {
         "settings": bench.asdict(settings),
-        "environment": {},
+        "environment": {"CPU": "a processor", "torch": "2.x", "transformers": "5.x"},
         "results": bench.summary(settings, peaks, seconds),
         "matrix_products": [bench._products_summary(length, seconds[length], paths) for length in settings.lengths],
     }
@@ -192,6 +192,7 @@ def test_summary():
     ours = rows[2048, "bigbird_plus"]
     assert (ours["seconds_per_layer"], ours["time_ratio"], ours["time_growth"]) == (2.0, 1.0, 1.0)
     assert (ours["peak_bytes"], ours["memory_ratio"], ours["memory_growth"]) == (2 * MIB, 1.0, 1.0)
+    assert ours["tokens_per_second"] == 2048 / (2.0 * 12)
     assert rows[1024, BUILT_IN]["time_ratio"] == 3.0
     missing = rows[2048, BUILT_IN]
     assert not missing["fits"]
@@ -214,9 +215,31 @@ def test_table_and_notes_fit_a_terminal():
     notes = "\n".join(bench.notes(report()))
     assert "bigbird_plus at 2,048 tokens: 2.00 times products, torch." in notes
     assert "*: does not fit" in notes
-    assert "ModernBERT reads in full in 1 of 2 layers" in notes
 
 
-def test_plot_leaves_out_what_is_missing(tmp_path):
-    bench.plot(report(), tmp_path / "out.svg")
+def test_models_table():
+    """Of whole models: 12 layers, ModernBERT 22; in parentheses as a multiple of ours."""
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(bench.as_models_table(report(models=True)))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "tokens a second" in lines
+    assert "model at 1,024 at 2,048" in lines
+    assert "bigbird_plus 85 (1.00) 85 (1.00)" in lines
+    assert "built-in BigBird 28 (0.33) - (-)" in lines
+    assert "ModernBERT 47 (0.55) 23 (0.27)" in lines
+    (note,) = (line for line in bench.notes(report(models=True)) if line.startswith("tokens a second"))
+    assert note.endswith("ModernBERT 22, reckoned from 2, of which ModernBERT reads 1 in full.")
+
+
+def test_plot_draws_speed_and_memory_and_leaves_out_what_is_missing(tmp_path, monkeypatch):
+    figures, make = [], bench.import_figure()
+    monkeypatch.setattr(bench, "import_figure", lambda: lambda **how: figures.append(make(**how)) or figures[0])
+    bench.plot(report(models=True), tmp_path / "out.svg")
+    speed, memory = figures[0].axes
+    lines = {line.get_label(): line for line in speed.get_lines()}
+    assert list(lines) == list(bench.MODELS)
+    assert [round(value) for value in lines["bigbird_plus"].get_ydata()] == [85, 85]
+    assert list(lines[BUILT_IN].get_xdata()) == [1024]
+    assert [list(line.get_ydata()) for line in memory.get_lines()] == [[1.0, 2.0], [1.0], [1.0, 2.0], []]
+    assert "a processor" in figures[0].get_supxlabel()
     assert "<svg" in (tmp_path / "out.svg").read_text()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bigbird_plus import cli
 from bigbird_plus.attention import full
 from bigbird_plus.attention.impl import flash_cpu, flex, reference
 from bigbird_plus.demo import attention_in_use
@@ -50,3 +52,23 @@ def test_attention_in_use(implementation, attention_type, length, training, num_
     read_in_full = length == 88 or attention_type == "original_full"
     assert named == ["original_full" if read_in_full else "block_sparse", engines_that_ran[0]]
     assert set(engines_that_ran) == {named[1]}
+
+
+@pytest.fixture
+def restored_messages():
+    """The command silences transformers for its process; here the process goes on."""
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+def test_every_line_is_ours(capfd, restored_messages):
+    """A title, two tables, and nothing on standard error, whoever writes there."""
+    with pytest.raises(SystemExit):
+        cli.main(["demo"])
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    title, *lines = printed.out.splitlines()
+    assert title.strip() == "The Book of Ruth, with words left out"
+    assert all(line[0] in "┏┃┡│└ " for line in lines)

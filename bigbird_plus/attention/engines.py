@@ -79,7 +79,9 @@ def register_engine(name: str, engine: Engine) -> None:
 
     Args:
         name: one that nothing else has.
-        engine: see above.
+        engine: an object or a module with two functions. `reason(call)`, of an `engines.Call`, says why the engine
+            cannot run that, in words, or gives None. `forward(query, key, value, pattern, key_mask, global_tokens, *,
+            scaling)` gives the context; see `attention/impl/reference.py`, which is the definition.
 
     Raises:
         ValueError: if the name is taken, or a function is missing.

@@ -2,7 +2,6 @@
 
 import json
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -118,10 +117,10 @@ def test_deepspeed_configurations_say_what_they_are(stage):
 
 
 def test_the_sharding_that_is_shown_is_what_accelerate_takes(tmp_path):
-    text = (EXAMPLES / "multi_gpu.md").read_text(encoding="utf-8")
-    shown = re.search(r"^    compute_environment.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0]
+    text = (EXAMPLES / "guides" / "multi_gpu.md").read_text(encoding="utf-8")
+    shown = re.search(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
     path = tmp_path / "fsdp.yaml"
-    path.write_text(textwrap.dedent(shown), encoding="utf-8")
+    path.write_text(shown, encoding="utf-8")
     config = load_config_from_file(str(path))
     assert config.distributed_type == "FSDP"
     assert config.fsdp_config["fsdp_version"] == 2
