@@ -27,7 +27,7 @@ class DataCollatorForDocuments(DataCollatorWithFlattening):
         super().__init__(**kwargs)
         self.masking = masking
 
-    def __call__(self, features: list[Mapping]) -> dict:
+    def __call__(self, features: list[Mapping]) -> dict:  # type: ignore[override]  # always tensors of torch
         """The row.
 
         Args:

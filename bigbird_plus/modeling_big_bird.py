@@ -54,6 +54,14 @@ def as_requested(output, return_dict: bool | None, config):
     return output
 
 
+def as_configured(config, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+    """What is asked for, by the caller or else by the configuration."""
+    return (
+        config.output_attentions if output_attentions is None else output_attentions,
+        config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+    )
+
+
 def the_cache(past_key_values, cache):
     """That which was given, under one of its names.
 
@@ -105,6 +113,12 @@ def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_
                 f"{name} must have the shape [batch, length] = [{batch}, {length}], or [1, {length}], but has "
                 f"{list(ids.shape)}."
             )
+
+
+def refuse_empty(inputs: Tensor) -> None:
+    """Raises a `ValueError` unless there is a token."""
+    if inputs.shape[1] == 0:
+        raise ValueError("The input has the length 0. Give at least one token.")
 
 
 def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
@@ -981,8 +995,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
 
         embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds)
         hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
-        asked = self._asked(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        asks_for_more = any(asked.values()) or head_mask is not None
+        asked = as_configured(self.config, output_attentions, output_hidden_states)
+        asks_for_more = any(asked) or head_mask is not None
         outputs = self.encoder(
             hidden_states,
             plan,
@@ -991,8 +1005,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
             self._encoder_plan(encoder_attention_mask, encoder_hidden_states, tokens),
             cache,
             cache_position=tokens.places,
+            output_attentions=asked[0],
+            output_hidden_states=asked[1],
             streams=not asks_for_more and self._streams(hidden_states, plan),
-            **asked,
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
@@ -1008,8 +1023,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         refuse_context_parallel()
         self._refuse_onnx_tracer()
         check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.config.embedding_width)
-        if the_inputs(input_ids, inputs_embeds).shape[1] == 0:
-            raise ValueError("The input has the length 0. Give at least one token.")
+        refuse_empty(the_inputs(input_ids, inputs_embeds))
         if input_ids is not None and may_read_values(input_ids) and not self.config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -1025,10 +1039,6 @@ class BigBirdModel(BigBirdPreTrainedModel):
             None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
         )
         return self.embeddings(*packed)
-
-    def _asked(self, **asked: bool | None) -> dict[str, bool]:
-        """What is asked for, by the caller or else by the configuration."""
-        return {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
 
     def _plan(self, tokens: Tokens, keeps: str) -> Plan:
         processes = active_processes()

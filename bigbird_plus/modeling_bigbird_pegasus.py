@@ -7,6 +7,7 @@ generator.
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,15 @@ from .attention.parts import Tokens
 from .attention.plan import Plan, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type
 from .cpu import in_pieces, linear
-from .modeling_big_bird import BigBirdSelfAttention, activation_function, as_requested, check_inputs
+from .modeling_big_bird import (
+    BigBirdSelfAttention,
+    activation_function,
+    as_configured,
+    as_requested,
+    check_inputs,
+    refuse_empty,
+    the_inputs,
+)
 
 OWN_FIELDS = (
     "computes_padding",
@@ -174,7 +183,7 @@ class BigBirdPegasusPreTrainedModel(BuiltInPreTrainedModel):
         Raises:
             ValueError: for any other value.
         """
-        self.base_model.encoder.set_attention_type(value)
+        self.get_encoder().set_attention_type(value)
 
 
 class BigBirdPegasusEncoder(BigBirdPegasusPreTrainedModel):
@@ -201,8 +210,9 @@ class BigBirdPegasusEncoder(BigBirdPegasusPreTrainedModel):
         """As `BigBirdPegasusPreTrainedModel.set_attention_type`."""
         check_attention_type(value)
         self.attention_type = self.config.attention_type = value
-        for layer in self.layers:
-            layer.self_attn.self.attention_type = value
+        for module in self.modules():
+            if isinstance(module, BigBirdSelfAttention):
+                module.attention_type = value
 
     def forward(
         self,
@@ -228,22 +238,25 @@ class BigBirdPegasusEncoder(BigBirdPegasusPreTrainedModel):
                 positions, or if a mask does not fit.
         """
         config = self.config
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions, output_hidden_states = as_configured(config, output_attentions, output_hidden_states)
         check_inputs(input_ids, inputs_embeds, None, None, config.d_model)
+        refuse_empty(the_inputs(input_ids, inputs_embeds))
         words = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         plan = self._plan(words, attention_mask)
         states = words + self.embed_positions(words.shape[:2], position_ids=plan.positions)
         states = plan.enter(nn.functional.dropout(states, self.dropout, self.training))
-        all_states, attentions = [], []
+        all_states: list[Tensor] = []
+        attentions: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            all_states.append(plan.leave(states) if output_hidden_states else None)
+            if output_hidden_states:
+                all_states.append(plan.leave(states))
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
             states, probabilities = layer(
                 states, plan, None if head_mask is None else head_mask[index], output_attentions
             )
-            attentions.append(plan.leave_probabilities(probabilities) if output_attentions else None)
+            if output_attentions:
+                attentions.append(plan.leave_probabilities(probabilities))
         states = plan.leave(self.layernorm_embedding(states))
         output = BaseModelOutput(
             last_hidden_state=states,
@@ -270,7 +283,8 @@ class BigBirdPegasusDecoder(BigBirdPegasusPreTrainedModel, BuiltInDecoder):
     def __init__(self, config: BigBirdPegasusConfig):
         super().__init__(config)
         for layer in self.layers:
-            layer.self_attn.is_causal = True  # attention functions look for it where there is no mask
+            attention: Any = layer.self_attn
+            attention.is_causal = True  # attention functions look for it where there is no mask
 
 
 class BigBirdPegasusModel(BigBirdPegasusPreTrainedModel, BuiltInModel):
@@ -279,7 +293,7 @@ class BigBirdPegasusModel(BigBirdPegasusPreTrainedModel, BuiltInModel):
     def __init__(self, config: BigBirdPegasusConfig):
         super(BuiltInModel, self).__init__(config)  # which would build transformers' encoder
         self.shared = _word_embeddings(config)
-        self.encoder = BigBirdPegasusEncoder(config)
+        self.encoder = BigBirdPegasusEncoder(config)  # type: ignore[assignment]  # ours, in the place of theirs
         self.decoder = BigBirdPegasusDecoder(config)
         self.post_init()
 
@@ -298,7 +312,7 @@ class BigBirdPegasusForConditionalGeneration(BigBirdPegasusPreTrainedModel, Buil
 class BigBirdPegasusForSequenceClassification(BigBirdPegasusPreTrainedModel, BuiltInForSequenceClassification):
     """Classes of a whole document."""
 
-    def __init__(self, config: BigBirdPegasusConfig):
+    def __init__(self, config):
         super(BuiltInForSequenceClassification, self).__init__(config)
         self.model = BigBirdPegasusModel(config)
         width, dropout = config.d_model, config.classifier_dropout
@@ -309,7 +323,7 @@ class BigBirdPegasusForSequenceClassification(BigBirdPegasusPreTrainedModel, Bui
 class BigBirdPegasusForQuestionAnswering(BigBirdPegasusPreTrainedModel, BuiltInForQuestionAnswering):
     """Where in a document an answer stands."""
 
-    def __init__(self, config: BigBirdPegasusConfig):
+    def __init__(self, config):
         config.num_labels = self.num_labels = 2  # start and end
         super(BuiltInForQuestionAnswering, self).__init__(config)
         self.model = BigBirdPegasusModel(config)
@@ -317,6 +331,6 @@ class BigBirdPegasusForQuestionAnswering(BigBirdPegasusPreTrainedModel, BuiltInF
         self.post_init()
 
 
-def _word_embeddings(config: BigBirdPegasusConfig) -> nn.Embedding:
+def _word_embeddings(config) -> BigBirdPegasusScaledWordEmbedding:
     scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
     return BigBirdPegasusScaledWordEmbedding(config.vocab_size, config.d_model, config.pad_token_id, scale)

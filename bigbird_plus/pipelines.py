@@ -18,7 +18,18 @@ SUMMARIZATION = "summarization"
 NO_LIMIT = 10**9  # tokenizers that know no limit have a larger number
 
 
-class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
+class _TextPipeline(Pipeline):
+    """A pipeline with a model and a tokenizer, both of which `Pipeline` declares to be None or something else."""
+
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    tokenizer: PreTrainedTokenizerFast  # type: ignore[assignment]
+    model: Any
+
+
+class ExtractiveQuestionAnsweringPipeline(_TextPipeline, ChunkPipeline):
     """Finds the answers to questions in documents.
 
     `pipeline("extractive-question-answering", model=...)` makes one. It has the arguments and results of the task
@@ -27,13 +38,6 @@ class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
     allows (in transformers 4, 384 tokens), memory grows linearly with them, and questions that are too long are cut
     as `max_question_len` says. Answers begin and end with no white space.
     """
-
-    # `Pipeline` declares these for itself: None, and tokenizers of the slow kind.
-    _load_tokenizer = True  # type: ignore[assignment]
-    _load_processor = False  # type: ignore[assignment]
-    _load_feature_extractor = False  # type: ignore[assignment]
-    _load_image_processor = False  # type: ignore[assignment]
-    tokenizer: PreTrainedTokenizerFast  # type: ignore[assignment]
 
     def __call__(self, *args, question=None, context=None, **parameters):
         """Answers questions.
@@ -259,18 +263,13 @@ def _question_and_context(example) -> tuple[str, str]:
     return texts["question"], texts["context"]
 
 
-class SummarizationPipeline(Pipeline):
+class SummarizationPipeline(_TextPipeline):
     """Writes summaries of documents.
 
     `pipeline("summarization", model=...)` makes one, where transformers has no such pipeline any more (versions from 5
     on); it has the arguments and results of that which transformers had up to version 4. It works with any model of
     `AutoModelForSeq2SeqLM`. What differs: documents that are longer than the model are cut, which is said.
     """
-
-    _load_tokenizer = True
-    _load_processor = False
-    _load_feature_extractor = False
-    _load_image_processor = False
 
     def __call__(self, documents, **parameters):
         """Summarizes documents.
@@ -302,8 +301,9 @@ class SummarizationPipeline(Pipeline):
 
     def excess(self, document: str) -> int:
         """How many tokens of a document, special ones included, the model does not read."""
+        longest = self._longest_input()
         length = len(self.tokenizer(document, verbose=False)["input_ids"])
-        return max(0, length - self._longest_input()) if self._longest_input() else 0
+        return 0 if longest is None else max(0, length - longest)
 
     def _longest_input(self) -> int | None:
         """The longest input, in tokens; None if there is no limit."""
@@ -317,7 +317,7 @@ class SummarizationPipeline(Pipeline):
             raise ValueError(f"Each document must be a string that is not empty, but one is {document!r}.")
         longest = self._longest_input()
         excess = self.excess(document) if truncation is None else 0
-        if excess:
+        if longest is not None and excess:
             logger.warning(
                 f"A document has {longest + excess:,} tokens, and {type(self.model).__name__} reads {longest:,}: its "
                 f"last {excess:,} are not summarized. Give parts of it, or truncation=True if that is meant."
