@@ -6,9 +6,16 @@ from .attention.pattern import BlockPattern, Sparsity
 from .auto import register, replace_builtin, unregister
 from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
+from .data_collator import DataCollatorForDocuments
 from .demo import demo_checkpoint
 from .heatmap import plot_attention
 from .modeling_big_bird import BigBirdModel, BigBirdPreTrainedModel
+from .modeling_bigbird_pegasus import (
+    BigBirdPegasusForConditionalGeneration,
+    BigBirdPegasusForQuestionAnswering,
+    BigBirdPegasusForSequenceClassification,
+    BigBirdPegasusModel,
+)
 from .modeling_heads import (
     BigBirdForCausalLM,
     BigBirdForMaskedLM,
@@ -20,7 +27,8 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
-from .pipelines import ExtractiveQuestionAnsweringPipeline
+from .parallel import context_parallel
+from .pipelines import ExtractiveQuestionAnsweringPipeline, SummarizationPipeline
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -39,13 +47,20 @@ __all__ = [
     "BigBirdForSequenceClassification",
     "BigBirdForTokenClassification",
     "BigBirdModel",
+    "BigBirdPegasusForConditionalGeneration",
+    "BigBirdPegasusForQuestionAnswering",
+    "BigBirdPegasusForSequenceClassification",
+    "BigBirdPegasusModel",
     "BigBirdPreTrainedModel",
     "BigBirdTokenizer",
     "BigBirdTokenizerFast",
     "BlockPattern",
+    "DataCollatorForDocuments",
     "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
+    "SummarizationPipeline",
     "block_sparse_attention",
+    "context_parallel",
     "convert_checkpoint",
     "demo_checkpoint",
     "plot_attention",

@@ -13,16 +13,25 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BigBirdPegasusConfig,
     PreTrainedTokenizerFast,
+    pipelines,
 )
 from transformers.models.auto import configuration_auto, tokenization_auto
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from . import configuration_big_bird, modeling_big_bird, modeling_heads
+from . import configuration_big_bird, modeling_big_bird, modeling_bigbird_pegasus, modeling_heads
 from .attention.engines import AUTOMATIC, name_to_transformers
 from .configuration_big_bird import BigBirdConfig, BuiltInConfig
 from .modeling_big_bird import BigBirdModel
+from .modeling_bigbird_pegasus import (
+    BigBirdPegasusForConditionalGeneration,
+    BigBirdPegasusForQuestionAnswering,
+    BigBirdPegasusForSequenceClassification,
+    BigBirdPegasusModel,
+)
 from .modeling_heads import (
     BigBirdForCausalLM,
     BigBirdForMaskedLM,
@@ -32,7 +41,7 @@ from .modeling_heads import (
     BigBirdForSequenceClassification,
     BigBirdForTokenClassification,
 )
-from .pipelines import TASK, ExtractiveQuestionAnsweringPipeline
+from .pipelines import SUMMARIZATION, TASK, ExtractiveQuestionAnsweringPipeline, SummarizationPipeline
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -49,34 +58,45 @@ AUTO_MODELS = {
     "AutoModelForTextEncoding": BigBirdModel,
     "AutoModelWithLMHead": BigBirdForMaskedLM,  # transformers 4 only
 }
+# Its decoder alone (AutoModelForCausalLM) stays transformers': it reads no documents.
+PEGASUS_AUTO_MODELS = {
+    "AutoModel": BigBirdPegasusModel,
+    "AutoModelForSeq2SeqLM": BigBirdPegasusForConditionalGeneration,
+    "AutoModelForSequenceClassification": BigBirdPegasusForSequenceClassification,
+    "AutoModelForQuestionAnswering": BigBirdPegasusForQuestionAnswering,
+    "AutoModelWithLMHead": BigBirdPegasusForConditionalGeneration,  # transformers 4 only
+}
 
 PEFT_TABLES = "peft.utils.constants"
 BUILT_IN = "transformers.models.big_bird"
-BUILT_IN_MODULES = (
-    "configuration_big_bird",
-    "modeling_big_bird",
-    "tokenization_big_bird",
-    "tokenization_big_bird_fast",  # transformers 4 only
-)
+BUILT_IN_MODULES = {
+    BUILT_IN: (
+        "configuration_big_bird",
+        "modeling_big_bird",
+        "tokenization_big_bird",
+        "tokenization_big_bird_fast",  # transformers 4 only
+    ),
+    "transformers.models.bigbird_pegasus": ("modeling_bigbird_pegasus",),
+}
 
 _MISSING = object()
 _replaced: list[tuple[dict, Any, Any]] = []  # table, key, what was there (_MISSING: nothing)
 
 
-def auto_classes() -> dict[Any, type]:
+def auto_classes(models: dict[str, type] = AUTO_MODELS) -> dict[Any, type]:
     """Auto class to model class, for the Auto classes that the installed transformers has."""
-    return {getattr(transformers, name): model for name, model in AUTO_MODELS.items() if hasattr(transformers, name)}
+    return {getattr(transformers, name): model for name, model in models.items() if hasattr(transformers, name)}
 
 
 def tables() -> list[dict]:
     """Every table of transformers that `register` writes to, and those of PEFT that are there by now."""
-    auto_mappings = [auto_class._model_mapping for auto_class in auto_classes()]
+    auto_mappings = [auto_class._model_mapping for auto_class in auto_classes(AUTO_MODELS | PEGASUS_AUTO_MODELS)]
     lazy_mappings = [configuration_auto.CONFIG_MAPPING, tokenization_auto.TOKENIZER_MAPPING, *auto_mappings]
     names = ("TOKENIZER_MAPPING_NAMES", "REGISTERED_TOKENIZER_CLASSES", "REGISTERED_FAST_ALIASES")  # the last two: 5.x
     by_name = [getattr(tokenization_auto, name) for name in names if hasattr(tokenization_auto, name)]
-    pipelines = PIPELINE_REGISTRY.supported_tasks
+    tasks = PIPELINE_REGISTRY.supported_tasks
     by_name += [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
-    return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables(), pipelines]
+    return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables(), tasks]
 
 
 def peft_tables() -> list[dict]:
@@ -87,7 +107,8 @@ def peft_tables() -> list[dict]:
 
 
 def register() -> None:
-    """Make the Auto classes (and so pipelines) use this package for `model_type` "big_bird". Idempotent.
+    """Make the Auto classes (and so pipelines) use this package for `model_type` "big_bird" and "bigbird_pegasus".
+    Idempotent.
 
     That includes configurations of transformers' own class, from which our models take the fields.
     `transformers.BigBirdModel` and its like stay what they are: see `replace_builtin`.
@@ -105,8 +126,10 @@ def register() -> None:
             fast_tokenizer_class=BigBirdTokenizerFast,
             exist_ok=True,
         )
+    for auto_class, model_class in auto_classes(PEGASUS_AUTO_MODELS).items():
+        auto_class.register(BigBirdPegasusConfig, model_class, exist_ok=True)
     prefer_registered_tokenizers()
-    register_pipeline()
+    register_pipelines()
     for name in AUTOMATIC:
         name_to_transformers(name)
     for table, old in before:
@@ -145,16 +168,19 @@ def replace_builtin() -> None:
 
 
 def _built_in_modules() -> list:
-    """Those that scripts import BigBird from. The first two ask the others for what they lack, and so are changed
-    before them. (transformers puts a second module in its own place while it is imported; users may have either.)"""
-    package = importlib.import_module(BUILT_IN)
-    parts = (getattr(package, name) for name in BUILT_IN_MODULES if hasattr(package, name))
-    return [transformers, sys.modules["transformers"], package, *parts]
+    """Those that scripts import BigBird from. transformers and its packages ask their modules for what they lack, and
+    so are changed before them."""
+    # transformers puts a second module in its own place while it is imported: users may have either.
+    found = [transformers, importlib.import_module("transformers")]
+    for name, modules in BUILT_IN_MODULES.items():
+        package = importlib.import_module(name)
+        found += [package, *(getattr(package, module) for module in modules if hasattr(package, module))]
+    return found
 
 
 def _counterparts() -> dict[str, type]:
     """Our classes by their names. The tokenizer without an ending is a fast one in some versions of transformers."""
-    modules = (configuration_big_bird, modeling_big_bird, modeling_heads)
+    modules = (configuration_big_bird, modeling_big_bird, modeling_heads, modeling_bigbird_pegasus)
     classes = {name: value for module in modules for name, value in vars(module).items() if name.startswith("BigBird")}
     theirs = importlib.import_module(f"{BUILT_IN}.tokenization_big_bird").BigBirdTokenizer
     is_fast = issubclass(theirs, PreTrainedTokenizerFast)
@@ -198,16 +224,21 @@ class _PeftWatcher(MetaPathFinder):
 _peft_watcher = _PeftWatcher()
 
 
-def register_pipeline() -> None:
-    """Give `pipeline` the task "extractive-question-answering"."""
-    PIPELINE_REGISTRY.register_pipeline(
-        TASK,
-        pipeline_class=ExtractiveQuestionAnsweringPipeline,
-        pt_model=AutoModelForQuestionAnswering,
-        type="text",
-    )
+def register_pipelines() -> None:
+    """Give `pipeline` the task "extractive-question-answering", and "summarization" where transformers has it no
+    more."""
+    _register_pipeline(TASK, ExtractiveQuestionAnsweringPipeline, AutoModelForQuestionAnswering)
+    if SUMMARIZATION not in PIPELINE_REGISTRY.supported_tasks:
+        _register_pipeline(SUMMARIZATION, SummarizationPipeline, AutoModelForSeq2SeqLM)
+    removed = getattr(pipelines, "REMOVED_TASKS", {})  # which `pipeline` refuses, whatever is registered
+    if SUMMARIZATION in removed:
+        _replaced.append((removed, SUMMARIZATION, removed.pop(SUMMARIZATION)))
+
+
+def _register_pipeline(task: str, pipeline_class: type, auto_class: type) -> None:
+    PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline_class, pt_model=auto_class, type="text")
     # Where transformers finds this, it saves a copy of the class's source with each model, and asks to trust it.
-    del ExtractiveQuestionAnsweringPipeline._registered_impl  # type: ignore[attr-defined]  # register_pipeline sets it
+    del pipeline_class._registered_impl  # type: ignore[attr-defined]  # register_pipeline sets it
 
 
 class _HiddenNames(tuple):

@@ -18,11 +18,13 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     pipeline,
 )
 
 from . import bench as benchmarks
+from . import bench_context_parallel
 from .attention.pattern import Sparsity
 from .configuration_big_bird import BigBirdConfig
 from .conversion import convert_checkpoint
@@ -30,6 +32,7 @@ from .demo import attention_in_use, demo_checkpoint, document, mask_words
 from .environment import describe_environment
 from .heatmap import check_index, layer_attention
 from .heatmap import plot_attention as draw_attention
+from .pipelines import SummarizationPipeline
 
 app = typer.Typer(help="BigBird for transformers: long documents in linear time.", add_completion=False)
 
@@ -207,6 +210,9 @@ def bench(
     models: Annotated[
         bool, typer.Option("--models", help="Show tokens a second, beside Longformer and ModernBERT.")
     ] = False,
+    context_parallel: Annotated[
+        int | None, typer.Option(help="Instead: what so many processes send as they share a document.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture to write: speed and memory against length.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="A file to write: all figures.")] = None,
 ) -> None:
@@ -215,13 +221,19 @@ def bench(
     settings = benchmarks.Settings(numbers, dtype, train, device, layers, batch, repeats, models)
     for file in filter(None, (plot, json_file)):
         _check_folder(file)
+    if plot is not None and context_parallel is not None:
+        raise ValueError("--plot does not draw what --context-parallel measures. Leave one of them out.")
     if plot is not None:
         benchmarks.import_figure()  # an error now, not after the measurements
-    report = benchmarks.benchmark(settings)
     console = Console()
-    console.print(benchmarks.as_models_table(report) if models else benchmarks.as_table(report))
-    for line in benchmarks.notes(report):
-        console.print(Text(line))
+    if context_parallel is not None:
+        report = bench_context_parallel.measure(settings, context_parallel)
+        console.print(bench_context_parallel.as_table(report))
+    else:
+        report = benchmarks.benchmark(settings)
+        console.print(benchmarks.as_models_table(report) if models else benchmarks.as_table(report))
+        for line in benchmarks.notes(report):
+            console.print(Text(line))
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
@@ -264,6 +276,24 @@ def qa(
         place = f"{best['start']} to {best['end']}"
         table.add_row(Text(best["answer"] or "(no answer)"), place, f"{best['score']:.2g}")
     Console().print(table)
+
+
+@app.command()
+def summarize(
+    document: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="A text file; - is standard input.")],
+    model: ModelOption,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest summary, in tokens.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search for the best summary.")] = None,
+) -> None:
+    """Write a summary of a long document. By default as long, and found, as the model's generation config says."""
+    text, tokenizer = _read_text(document), _load(AutoTokenizer, model)
+    summary = SummarizationPipeline(_load_model(AutoModelForSeq2SeqLM, model, tokenizer), tokenizer)
+    excess = summary.excess(text)
+    if excess:
+        _tell("Note:", f"the model does not read the last {excess:,} tokens of the document")
+    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    found = summary(text, truncation=True, **{name: value for name, value in options.items() if value is not None})
+    print(found[0]["summary_text"])
 
 
 @app.command()

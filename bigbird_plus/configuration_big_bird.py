@@ -34,6 +34,7 @@ FLAGS = (
     "different_layout_per_head",
     "global_question_tokens",
     "pattern_per_document",
+    "tiled_positions",
     "computes_padding",
     "sparse_prediction",
     "embedding_layer_norm",
@@ -115,6 +116,8 @@ class BigBirdConfig(PretrainedConfig):
             unless `norm_position` is `"pre"`.
         embedding_size (`int`, *optional*): width of the embeddings, from which a projection leads to `hidden_size`;
             `None` means `hidden_size`, and no projection.
+        tiled_positions (`bool`, defaults to `False`): whether positions from `max_position_embeddings` on get the
+            embeddings again from the beginning, so that inputs may be of any length. By default they are an error.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
         add_cross_attention (`bool`, defaults to `False`): whether the layers also read an encoder's states.
         tie_word_embeddings (`bool`, defaults to `True`): whether the language modelling head shares the embeddings.
@@ -125,6 +128,14 @@ class BigBirdConfig(PretrainedConfig):
 
     model_type = "big_bird"
     keys_to_ignore_at_inference = [CACHE]
+    base_model_tp_plan = {
+        "encoder.layer.*.attention.self.query": "colwise",
+        "encoder.layer.*.attention.self.key": "colwise",
+        "encoder.layer.*.attention.self.value": "colwise",
+        "encoder.layer.*.attention.output.dense": "rowwise",
+        "encoder.layer.*.intermediate.dense": "colwise",
+        "encoder.layer.*.output.dense": "rowwise",
+    }
 
     def __init__(
         self,
@@ -171,6 +182,7 @@ class BigBirdConfig(PretrainedConfig):
         embedding_layer_norm=True,
         final_layer_norm=True,
         embedding_size=None,
+        tiled_positions=False,
         is_decoder=False,
         add_cross_attention=False,
         tie_word_embeddings=True,
@@ -214,6 +226,7 @@ class BigBirdConfig(PretrainedConfig):
         self.embedding_layer_norm = embedding_layer_norm
         self.final_layer_norm = final_layer_norm
         self.embedding_size = embedding_size
+        self.tiled_positions = tiled_positions
         # Newer transformers do not declare these three in the base class, and read them all the same.
         self.is_decoder = is_decoder
         self.add_cross_attention = add_cross_attention
@@ -282,7 +295,8 @@ class BigBirdConfig(PretrainedConfig):
     @property
     def longest_input(self) -> int | None:
         """How many positions there are; None for any number."""
-        return None if self.position_embedding_type == "rotary" else self.max_position_embeddings
+        is_endless = self.position_embedding_type == "rotary" or self.tiled_positions
+        return None if is_endless else self.max_position_embeddings
 
     @property
     def embedding_width(self) -> int:

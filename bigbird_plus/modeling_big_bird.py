@@ -28,7 +28,9 @@ from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
+from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
+from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, in_pieces, is_watched, linear
 
@@ -96,8 +98,6 @@ def check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, hidden_
             f"inputs_embeds must have the shape [batch, length, {hidden_size}], but have {list(inputs_embeds.shape)}."
         )
     batch, length = inputs.shape[:2]
-    if length == 0:
-        raise ValueError("The input has the length 0. Give at least one token.")
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         # Sizes one by one: while a graph is traced, equal ones can have different names, which tuples do not resolve.
         if ids is not None and not (ids.dim() == 2 and ids.shape[0] in (1, batch) and ids.shape[1] == length):
@@ -151,6 +151,7 @@ class BigBirdEmbeddings(nn.Module):
         self.width = width
         self.hidden_size = config.hidden_size
         self.rescale_embeddings = config.rescale_embeddings
+        self.tiled_positions = config.tiled_positions
         self.num_extra_global_tokens = config.num_extra_global_tokens
         if config.num_extra_global_tokens:
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, width)
@@ -195,6 +196,8 @@ class BigBirdEmbeddings(nn.Module):
         return in_pieces(self._embed, *tensors, width=self.hidden_size, modules=self.children())
 
     def _embed(self, inputs, token_type_ids, position_ids):
+        if self.tiled_positions:
+            position_ids = position_ids % self.position_embeddings.num_embeddings
         words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
         if self.rescale_embeddings:
             words = words * self.hidden_size**0.5
@@ -226,7 +229,7 @@ class BigBirdSelfAttention(nn.Module):
         self.layer_idx = layer_idx or 0  # random blocks are drawn by it
         self.is_causal = config.is_decoder and not self.is_cross_attention  # attention functions look for it
         self.attention_type = config.attention_type
-        self.heads = list(range(config.num_attention_heads))  # those that were not pruned
+        self._kept_heads = list(range(config.num_attention_heads))  # those that were not pruned
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.attention_head_size**-0.5
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # attention functions are told of it
@@ -317,8 +320,27 @@ class BigBirdSelfAttention(nn.Module):
         return factors
 
     @property
+    def heads(self) -> list[int]:
+        """Those that are computed here: that were not pruned, and of those under tensor parallelism the share of this
+        process."""
+        mesh = getattr(getattr(self.query, "weight", None), "device_mesh", None)
+        if mesh is None:
+            return self._kept_heads
+        share, rest = divmod(len(self._kept_heads), mesh.size())
+        if rest:
+            raise ValueError(
+                f"Tensor parallelism shares out whole heads: {len(self._kept_heads)} heads are no multiple of tp_size "
+                f"({mesh.size()})."
+            )
+        return self._kept_heads[mesh.get_local_rank() * share :][:share]
+
+    @heads.setter
+    def heads(self, kept: list[int]):
+        self._kept_heads = kept
+
+    @property
     def num_attention_heads(self) -> int:
-        """Those that were not pruned."""
+        """How many heads are computed here."""
         return len(self.heads)
 
     @property
@@ -830,8 +852,9 @@ def refuse_context_parallel() -> None:
     attention = nn.functional.scaled_dot_product_attention
     if str(getattr(attention, "__module__", "")).startswith("torch.distributed."):
         raise ValueError(
-            "context_parallel splits documents over processes, and BigBird would read each part as a document of its "
-            "own. Use cp_size=1, and share out whole documents: with DDP or FSDP."
+            "torch's context_parallel splits documents over processes, and BigBird would read each part as a document "
+            "of its own. Use bigbird_plus.context_parallel(mesh) in its place, or share out whole documents: with DDP "
+            "or FSDP."
         )
 
 
@@ -916,8 +939,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
             attention_mask: 1 where a token is real, 0 where it is padding, `[batch, length]`. With full attention
                 also `[batch, queries, keys]` and `[batch, 1 or heads, queries, keys]`, see `masks.expand_mask`.
             token_type_ids: `int64`, `[batch, length]`, below `config.type_vocab_size`; zeros by default.
-            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings` unless they are rotary;
-                counted from the first place of the tensor by default, padding included.
+            position_ids: `int64`, `[batch, length]`, below `config.max_position_embeddings` unless they are rotary or
+                `config.tiled_positions` is set; counted from the first place of the tensor by default, padding
+                included.
             head_mask: `[heads]` or `[layers, heads]`: what the output of each attention head is multiplied by.
             inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             encoder_hidden_states: `[batch, source length, hidden_size]`, for a decoder with cross-attention.
@@ -953,7 +977,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             global_attention_mask=global_attention_mask,
             has_documents=has_documents,
         )
-        plan = make_plan(self.config, self.attention_type, tokens, keeps=self._keeps(computes_padding))
+        plan = self._plan(tokens, keeps=self._keeps(computes_padding))
 
         embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds)
         hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
@@ -972,7 +996,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
-                outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
+                plan.first_states(outputs.last_hidden_state), attention_mask, position_ids if has_documents else None
             ),
             **outputs,
         )
@@ -984,6 +1008,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         refuse_context_parallel()
         self._refuse_onnx_tracer()
         check_inputs(input_ids, inputs_embeds, token_type_ids, position_ids, self.config.embedding_width)
+        if the_inputs(input_ids, inputs_embeds).shape[1] == 0:
+            raise ValueError("The input has the length 0. Give at least one token.")
         if input_ids is not None and may_read_values(input_ids) and not self.config.is_decoder:
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -991,7 +1017,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
         """What enters the layers. In inference only what is packed of a packed batch is embedded, unless somebody
         watches: hooks are shown the batch. (In training checkpointing adds a hook, and shall drop the same.)"""
-        given = (input_ids, token_type_ids, plan.positions, inputs_embeds)
+        given = plan.own_tokens(input_ids, token_type_ids, plan.positions, inputs_embeds)
         is_ours = type(self.embeddings) is BigBirdEmbeddings and not is_watched(self.embeddings)
         if plan.packing is None or torch.is_grad_enabled() or not is_ours:
             return plan.enter(self.embeddings(*given))
@@ -1003,6 +1029,12 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _asked(self, **asked: bool | None) -> dict[str, bool]:
         """What is asked for, by the caller or else by the configuration."""
         return {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+
+    def _plan(self, tokens: Tokens, keeps: str) -> Plan:
+        processes = active_processes()
+        if processes is not None:
+            return share_plan(self.config, self.attention_type, tokens, processes, keeps=keeps)
+        return make_plan(self.config, self.attention_type, tokens, keeps=keeps)
 
     def _keeps(self, computes_padding) -> str:
         """Whose states are wanted, see `make_plan`."""
@@ -1066,8 +1098,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             )
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = cache_of_tuples(past_key_values)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not is_exporting()  # torch.export knows no caches
+        if use_cache is None:  # torch.export knows no caches, nor do processes that share a document
+            use_cache = self.config.use_cache and not is_exporting() and active_processes() is None
         if self.encoder.gradient_checkpointing and self.training:
             use_cache = False
         if past_key_values is None and use_cache and self.config.is_decoder and not has_documents:
@@ -1082,6 +1114,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             return None
         if not self.config.add_cross_attention:
             raise ValueError("encoder_hidden_states needs a model with cross-attention: add_cross_attention=True.")
+        if active_processes() is not None:
+            raise ValueError("encoder_hidden_states are not for context_parallel, which shares encoders and decoders.")
         name = full_implementation(self.config)
         mask = masks.cross_attention_mask(
             mask,

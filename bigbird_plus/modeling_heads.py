@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, logging
 from ._compat import CACHE
 from .attention.common import is_tracing
 from .attention.documents import Flattened, document_starts, holds_documents, uncompiled_for_documents
+from .attention.processes import active_processes
 from .cpu import linear
 from .modeling_big_bird import (
     BigBirdIntermediate,
@@ -32,6 +33,7 @@ from .modeling_big_bird import (
     positions_of_documents,
     the_inputs,
 )
+from .parallel import mean_of_all, own_labels, whole
 
 logger = logging.get_logger(__name__)
 
@@ -88,6 +90,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss over the labels that are not -100; `logits` has one dimension more than `labels`."""
     check_labels(labels, logits.shape[:-1])
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same of `[batch, length]` labels, or some of them, where processes may share the tokens."""
+    if active_processes() is None:
+        return cross_entropy(logits, labels)
+    labels = labels.to(logits.device).flatten()
+    total = nn.functional.cross_entropy(logits.flatten(0, -2), labels, reduction="sum")
+    return mean_of_all(total, (labels != IGNORED_LABEL).sum())
 
 
 def counts_padding(labels: Tensor | None, attention_mask: Tensor | None, config) -> bool:
@@ -299,9 +310,9 @@ class BigBirdForPreTraining(_LanguageModel):
             inputs, asked, computes_padding=counts_padding(labels, attention_mask, self.config), **kwargs
         )
         prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
-        loss = None
+        loss, labels = None, own_labels(labels, prediction_logits)
         if labels is not None:
-            loss = cross_entropy(prediction_logits, labels)
+            loss = token_loss(prediction_logits, labels)
             if next_sentence_label is not None:
                 loss = loss + cross_entropy(seq_relationship_logits, next_sentence_label)
         return self._answer(
@@ -364,6 +375,7 @@ class BigBirdForMaskedLM(_LanguageModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        labels = own_labels(labels, hidden_states)
         if labels is not None and self.config.sparse_prediction and not is_tracing():
             check_labels(labels, hidden_states.shape[:2])
             counts = labels != IGNORED_LABEL
@@ -373,7 +385,7 @@ class BigBirdForMaskedLM(_LanguageModel):
             MaskedLMOutput,
             outputs,
             return_dict,
-            loss=None if labels is None else cross_entropy(logits, labels),
+            loss=None if labels is None else token_loss(logits, labels),
             logits=logits,
         )
 
@@ -457,10 +469,14 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             **flattened,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.cls(outputs.last_hidden_state[:, kept])
+        shares = active_processes() is not None and kept == slice(0, None)
+        states = outputs.last_hidden_state if shares else whole(outputs.last_hidden_state)
+        logits = self.cls(states[:, kept])
         loss = None
-        if labels is not None:
-            check_labels(labels, outputs.last_hidden_state.shape[:2])
+        if shares and labels is not None:
+            loss = self._shared_loss(logits, labels, **kwargs)
+        elif labels is not None:
+            check_labels(labels, states.shape[:2])
             documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, flattened)
             if documents is not None:
                 labels = labels.masked_fill(document_starts(documents).expand(labels.shape), IGNORED_LABEL)
@@ -474,6 +490,16 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             cross_attentions=outputs.cross_attentions,
             **{CACHE: outputs.get(CACHE)},
         )
+
+    def _shared_loss(self, logits, labels, num_items_in_batch=None, ignore_index=IGNORED_LABEL, **kwargs):
+        """The loss of tokens that processes share, `logits` being those of this one."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != ignore_index).sum()
+        kwargs |= {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+        targets = own_labels(targets, logits).contiguous()
+        loss = self.loss_function(logits, targets, self.config.vocab_size, shift_labels=targets, **kwargs)
+        return active_processes().total(loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,7 +578,7 @@ class BigBirdForSequenceClassification(_TaskModel):
             **kwargs,
         )
         documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, kwargs)
-        states = outputs.last_hidden_state  # of all tokens: a classifier of one's own may read what it likes
+        states = whole(outputs.last_hidden_state)  # of all tokens: a classifier of one's own may read what it likes
         if documents is not None or self.config.pattern_per_document:
             states = first_states(states, attention_mask, self.config, documents)[:, None]
         logits = self.classifier(states)
@@ -682,11 +708,12 @@ class BigBirdForTokenClassification(_TaskModel):
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        labels = own_labels(labels, logits)
         return self._answer(
             TokenClassifierOutput,
             outputs,
             return_dict,
-            loss=None if labels is None else cross_entropy(logits, labels),
+            loss=None if labels is None else token_loss(logits, labels),
             logits=logits,
         )
 
@@ -776,7 +803,7 @@ class BigBirdForQuestionAnswering(_TaskModel):
             # the loss is of all places of the tensor, padding included, unless documents are read as they are alone
             computes_padding=start_positions is not None and not self.config.pattern_per_document,
         )
-        logits = self.qa_classifier(outputs.last_hidden_state)
+        logits = whole(self.qa_classifier(outputs.last_hidden_state))
         if in_question is not None:
             first = first_places(logits, attention_mask, self.config)
             no_answer = in_question & (torch.arange(length, device=in_question.device) != first[:, None])

@@ -1,16 +1,21 @@
-"""Question answering on documents of any length, as a pipeline of transformers."""
+"""Question answering and summarization of long documents, as pipelines of transformers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from transformers.pipelines.base import ChunkPipeline
+from transformers.pipelines.base import ChunkPipeline, Pipeline
+from transformers.utils import logging
 
 from .attention.pattern import check_whole_number
 
+logger = logging.get_logger(__name__)
+
 TASK = "extractive-question-answering"
 DEFAULT_LENGTH = 384  # of transformers 4, for models and tokenizers that know no limit
+SUMMARIZATION = "summarization"
+NO_LIMIT = 10**9  # tokenizers that know no limit have a larger number
 
 
 class ExtractiveQuestionAnsweringPipeline(ChunkPipeline):
@@ -252,3 +257,88 @@ def _question_and_context(example) -> tuple[str, str]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"Each example needs a {name}, a string that is not empty, but one has {text!r}.")
     return texts["question"], texts["context"]
+
+
+class SummarizationPipeline(Pipeline):
+    """Writes summaries of documents.
+
+    `pipeline("summarization", model=...)` makes one, where transformers has no such pipeline any more (versions from 5
+    on); it has the arguments and results of that which transformers had up to version 4. It works with any model of
+    `AutoModelForSeq2SeqLM`. What differs: documents that are longer than the model are cut, which is said.
+    """
+
+    _load_tokenizer = True
+    _load_processor = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+
+    def __call__(self, documents, **parameters):
+        """Summarizes documents.
+
+        Args:
+            documents: a string, or a list or generator of them.
+            truncation (`bool`, *optional*): whether to cut documents that are longer than the model reads. By default
+                they are cut with a warning, and with True without one. With False the model refuses them.
+            clean_up_tokenization_spaces (`bool`, defaults to `False`): as in tokenizers.
+            batch_size, num_workers: as in all pipelines.
+            **parameters: any argument of `generate`, as `max_new_tokens` or `num_beams`. Where neither the call nor
+                the model's generation config says otherwise, summaries have up to 256 tokens, the best of 4 beams.
+
+        Returns:
+            A list with a dictionary for each document: `summary_text`. With `num_return_sequences` above 1 a list of
+            them for each.
+
+        Raises:
+            ValueError: for what is no text, or an empty one.
+        """
+        results = super().__call__(documents, **parameters)
+        if isinstance(documents, list) and all(len(summaries) == 1 for summaries in results):
+            return [summaries[0] for summaries in results]
+        return results
+
+    def _sanitize_parameters(self, truncation=None, clean_up_tokenization_spaces=None, **generate):
+        postprocess = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        return _given({"truncation": truncation}), generate, _given(postprocess)
+
+    def excess(self, document: str) -> int:
+        """How many tokens of a document, special ones included, the model does not read."""
+        length = len(self.tokenizer(document, verbose=False)["input_ids"])
+        return max(0, length - self._longest_input()) if self._longest_input() else 0
+
+    def _longest_input(self) -> int | None:
+        """The longest input, in tokens; None if there is no limit."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        limits = [self.tokenizer.model_max_length, positions or NO_LIMIT]
+        return min(limits) if min(limits) < NO_LIMIT else None
+
+    def preprocess(self, document, truncation=None):
+        """The inputs of the model."""
+        if not isinstance(document, str) or not document.strip():
+            raise ValueError(f"Each document must be a string that is not empty, but one is {document!r}.")
+        longest = self._longest_input()
+        excess = self.excess(document) if truncation is None else 0
+        if excess:
+            logger.warning(
+                f"A document has {longest + excess:,} tokens, and {type(self.model).__name__} reads {longest:,}: its "
+                f"last {excess:,} are not summarized. Give parts of it, or truncation=True if that is meant."
+            )
+        cut = {} if truncation is False or longest is None else {"truncation": True, "max_length": longest}
+        inputs = self.tokenizer(document, return_tensors="pt", verbose=False, **cut)
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def _forward(self, inputs, **generate):
+        written = self.model.generate(**inputs, **self._defaults(generate), **generate)
+        return {"written": written.unflatten(0, (len(inputs["input_ids"]), -1))}
+
+    def _defaults(self, generate: dict) -> dict:
+        """What neither a call nor the model says."""
+        said = generate.keys() | self.model.generation_config.to_diff_dict().keys()
+        if "generation_config" in said:
+            return {}
+        defaults = {} if "num_beams" in said else {"num_beams": 4}
+        return defaults if said & {"max_length", "max_new_tokens"} else {**defaults, "max_new_tokens": 256}
+
+    def postprocess(self, outputs, clean_up_tokenization_spaces=False):
+        """The summaries of a document."""
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        return [{"summary_text": self.tokenizer.decode(tokens, **how)} for tokens in outputs["written"][0]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigbird_plus import BigBirdForMaskedLM, BigBirdModel
+from bigbird_plus import BigBirdConfig, BigBirdForMaskedLM, BigBirdModel
 
 from .peers import make_pair, random_ids
 
@@ -73,3 +73,13 @@ def test_errors(arguments, message):
     model, _ = make_pair()
     with pytest.raises(ValueError, match=message):
         model.resize_position_embeddings(*arguments)
+
+
+def test_tiled_positions_begin_anew_without_being_stored():
+    model, _ = make_pair(max_position_embeddings=100)
+    tiled = BigBirdModel(BigBirdConfig(**{**model.config.to_dict(), "tiled_positions": True})).eval()
+    tiled.load_state_dict(model.state_dict())
+    model.resize_position_embeddings(250)
+    ids = random_ids(2, 250)
+    assert torch.equal(tiled(ids).last_hidden_state, model(ids).last_hidden_state)
+    assert tiled.get_position_embeddings().weight.shape[0] == 100

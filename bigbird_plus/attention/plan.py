@@ -121,6 +121,14 @@ class Plan:
         """How many documents there are, each with extra tokens of its own."""
         return self.batch if self.packing is None else len(self.packing.spans)
 
+    def own_tokens(self, *tensors):
+        """Of tensors `[batch or 1, length, ...]` the tokens that are computed here: all."""
+        return tensors
+
+    def first_states(self, states: Tensor) -> Tensor:
+        """What has left the plan, so that its first places are those of the batch."""
+        return states
+
     def enter(self, states: Tensor) -> Tensor:
         """What the layers compute, without the extra tokens, of `[batch, length, ...]`."""
         if self.packing is not None:
@@ -132,7 +140,7 @@ class Plan:
         input, extra global tokens included, has position 0, at which nothing is turned."""
         if config.position_embedding_type != "rotary":
             return self
-        positions = self.positions
+        (positions,) = self.own_tokens(self.positions)
         if self.packing is not None:
             positions = self.enter(positions.expand(self.batch, -1))
         positions = nn.functional.pad(positions, (0, states.shape[1] - positions.shape[1]))
@@ -307,7 +315,7 @@ def is_sparse(sparsity: Sparsity, attention_type: str, keys: int) -> bool:
     return attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
 
-def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
+def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real", packs: bool = True) -> Plan:
     """The plan of a call.
 
     Args:
@@ -316,6 +324,7 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
         tokens: what the call brings.
         keeps: whose states are wanted: of `"real"` tokens; of those and of the `"first"` place of each row, which
             tells something of the row; or of `"all"` places. Decoders and eager attention compute all, in any case.
+        packs: whether the batch may be packed.
 
     Raises:
         ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
@@ -325,7 +334,7 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
     reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
     kept = _kept(reader, keeps)
-    spans, per_document = _find_documents(reader, kept)
+    spans, per_document = _find_documents(reader, kept) if packs else ([], False)
     if spans:
         return _packed_plan(reader, spans, per_document)
     _check_length(config, tokens, tokens.length)
@@ -364,7 +373,7 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
         what = "The input has {} tokens" if tokens.position_ids is None else "position_ids ask for {} positions"
         raise ValueError(
             f"{what.format(needed)}, but max_position_embeddings is {most}. Cut the input (truncation=True in the "
-            "tokenizer), or use a model with more positions."
+            "tokenizer), use a model with more positions, or set config.tiled_positions."
         )
 
 

@@ -1,7 +1,10 @@
 """sentence-transformers: embeddings of documents, of batches as of each alone, and their training."""
 
+import importlib.util
+
 import pytest
 import torch
+import transformers.modeling_flash_attention_utils
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from sentence_transformers import (
@@ -108,3 +111,66 @@ def test_cross_encoder(tmp_path):
     together = encoder.predict(pairs, batch_size=3, convert_to_tensor=True)
     alone = torch.stack([encoder.predict(pair, convert_to_tensor=True) for pair in pairs])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+# Batches without padding, which sentence-transformers makes from version 6 on where flash attention is asked for
+
+
+def flatten_batches(transformer, monkeypatch):
+    """Lets sentence-transformers believe that flash attention computes, as on a GPU; our own does."""
+    functions = (None, lambda *args: None, None, None, None), (None, None)
+    module = transformers.modeling_flash_attention_utils
+    monkeypatch.setattr(module, "lazy_import_flash_attention", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(type(transformer), "_is_flash_attention_requested", lambda self: True)
+    transformer.unpad_inputs = True  # it looks again
+    assert transformer.can_flatten_inputs
+
+
+if hasattr(Transformer, "unpad_inputs"):
+
+    @pytest.mark.parametrize("pooling", ["mean", "cls"])
+    def test_embeddings_of_a_flattened_batch_are_those_of_each_alone(pooling, tmp_path, monkeypatch):
+        model = embedder(tmp_path, pooling, pattern_per_document=True)
+        padded = model.encode(DOCUMENTS, batch_size=3, convert_to_tensor=True)
+        alone = torch.stack([model.encode(text, convert_to_tensor=True) for text in DOCUMENTS])
+        flatten_batches(model[0], monkeypatch)
+        features = model.preprocess(DOCUMENTS)
+        assert features["input_ids"].shape[0] == 1
+        assert len(features["cu_seq_lens_q"]) == 4
+        flattened = model.encode(DOCUMENTS, batch_size=3, convert_to_tensor=True)
+        for other in (padded, alone):
+            torch.testing.assert_close(flattened, other, rtol=0, atol=5e-6)
+
+    def test_gradients_of_a_flattened_batch(tmp_path, monkeypatch):
+        model = embedder(tmp_path, pattern_per_document=True)
+        found = []
+        for flattens in (False, True):
+            if flattens:
+                flatten_batches(model[0], monkeypatch)
+            model.zero_grad()
+            texts = [DOCUMENTS, [text[20:] for text in DOCUMENTS]]
+            loss = MultipleNegativesRankingLoss(model)([model.preprocess(some) for some in texts], None)
+            loss.backward()
+            found.append([loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+        for gradient, expected in zip(*found, strict=True):
+            assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+
+
+if importlib.util.find_spec("sentence_transformers.multi_vector_encoder"):
+
+    def test_vectors_of_all_tokens(tmp_path, monkeypatch):
+        from sentence_transformers import MultiVectorEncoder
+        from sentence_transformers.base.modules import Normalize
+        from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+        folder = saved("BigBirdModel", tmp_path, pattern_per_document=True)
+        transformer = Transformer(folder, max_seq_length=256)
+        modules = [transformer, MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
+        model = MultiVectorEncoder(modules=modules, device="cpu")
+        alone = [model.encode_document(text) for text in DOCUMENTS]
+        padded = model.encode_document(DOCUMENTS, batch_size=3)
+        flatten_batches(transformer, monkeypatch)
+        flattened = model.encode_document(DOCUMENTS, batch_size=3)
+        for documents in (padded, flattened):
+            for document, expected in zip(documents, alone, strict=True):
+                torch.testing.assert_close(document, expected, rtol=0, atol=1e-5)

@@ -20,7 +20,12 @@ SHAPE = {"vocab-size": 120, "hidden-size": 32, "layers": 2, "heads": 2, "positio
 QUICK = ["--max-steps", "2", "--batch-size", "2", "--gradient-accumulation", "1", "--max-length", "128", "--cpu"]
 
 
-SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem != "common")
+HAS_SENTENCE_TRANSFORMERS = importlib.util.find_spec("sentence_transformers") is not None
+HAS_VECTORS_OF_TOKENS = HAS_SENTENCE_TRANSFORMERS and importlib.util.find_spec(
+    "sentence_transformers.multi_vector_encoder"
+)
+LEFT_OUT = {"common"} if HAS_SENTENCE_TRANSFORMERS else {"common", "retrieval"}  # one of the clients
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in LEFT_OUT)
 
 
 def load_example(name):
@@ -206,6 +211,17 @@ def test_lora_writes_an_adapter_and_a_merged_model(classification_data, tmp_path
     from_adapter = PeftModel.from_pretrained(base, output).eval()(**inputs).logits
     from_merged = AutoModelForSequenceClassification.from_pretrained(merged).eval()(**inputs).logits
     assert (from_adapter - from_merged).abs().max() < 1e-5
+
+
+if HAS_SENTENCE_TRANSFORMERS:
+
+    @pytest.mark.parametrize("pooling", ["cls", "tokens"] if HAS_VECTORS_OF_TOKENS else ["cls"])
+    def test_retrieval(pooling, tmp_path, capsys):
+        output = tmp_path / "embedder"
+        quick = ["--cpu", "--max-length", "400", "--steps", "1", "--batch-size", "2", "--pooling", pooling]
+        load_example("retrieval").main([*quick, "--output-dir", str(output)])
+        assert "accuracy" in capsys.readouterr().out
+        assert list(output.rglob("*.safetensors"))
 
 
 class TestQuestionAnswering:
