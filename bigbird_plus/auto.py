@@ -59,7 +59,7 @@ AUTO_MODELS = {
     "AutoModelWithLMHead": BigBirdForMaskedLM,  # transformers 4 only
 }
 # Its decoder alone (AutoModelForCausalLM) stays transformers': it reads no documents.
-PEGASUS_AUTO_MODELS: dict[str, type] = {
+PEGASUS_AUTO_MODELS = {
     "AutoModel": BigBirdPegasusModel,
     "AutoModelForSeq2SeqLM": BigBirdPegasusForConditionalGeneration,
     "AutoModelForSequenceClassification": BigBirdPegasusForSequenceClassification,
@@ -169,9 +169,9 @@ def replace_builtin() -> None:
 
 def _built_in_modules() -> list:
     """Those that scripts import BigBird from. transformers and its packages ask their modules for what they lack, and
-    so are changed before them. (transformers puts a second module in its own place while it is imported; users may
-    have either.)"""
-    found = [transformers, sys.modules["transformers"]]
+    so are changed before them."""
+    # transformers puts a second module in its own place while it is imported: users may have either.
+    found = [transformers, importlib.import_module("transformers")]
     for name, modules in BUILT_IN_MODULES.items():
         package = importlib.import_module(name)
         found += [package, *(getattr(package, module) for module in modules if hasattr(package, module))]
