@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import masks
-from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks, runs
-from .documents import document_starts, first_tokens, same_document_mask
+from .common import count_blocks, cut, is_tracing, may_read_values, pad_to_blocks, runs
+from .documents import first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask
@@ -340,8 +340,6 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     _check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
     shape["positions"] = tokens.places[None] if tokens.position_ids is None else tokens.position_ids
-    if reads_sparsely and torch.compiler.is_compiling() and not is_exporting():
-        _refuse_documents(tokens)
     if not reads_sparsely:
         full = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
         return Plan((full,), **shape, kept=kept)
@@ -374,18 +372,6 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
         raise ValueError(
             f"{what.format(needed)}, but max_position_embeddings is {most}. Cut the input (truncation=True in the "
             "tokenizer), use a model with more positions, or set config.tiled_positions."
-        )
-
-
-def _refuse_documents(tokens: Tokens) -> None:
-    """Lets a compiled graph, which cannot know how many documents there are, stop at rows of several."""
-    if tokens.position_ids is not None and tokens.attention_mask is None and not tokens.has_cache:
-        starts = document_starts(tokens.position_ids) & (tokens.position_ids == 0)
-        torch._assert_async(
-            ~starts.any(),
-            "position_ids start anew within a row, as those of several documents do. Under torch.compile, "
-            "block-sparse attention does not know how many there are: give cu_seq_lens_q, too, or run the model as it "
-            "is.",
         )
 
 
