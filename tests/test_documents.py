@@ -58,12 +58,12 @@ def test_states_and_gradients(attention_type, is_decoder, training, engine):
         assert (grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-5
 
 
-@pytest.mark.parametrize("size", [1, 40 * 64 * 4, common.BYTES_AT_ONCE])
+@pytest.mark.parametrize("size", [1, 40 * 64 * 4, common.CHUNK_BYTES])
 def test_large_inputs_that_are_streamed(size, monkeypatch):
     model = make_model()
     with torch.no_grad():
         expected = alone(model)
-        monkeypatch.setattr(common, "BYTES_AT_ONCE", size)
+        monkeypatch.setattr(common, "CHUNK_BYTES", size)
         close(model(torch.cat(documents(), dim=1), position_ids=positions()).last_hidden_state, expected)
 
 
