@@ -288,6 +288,20 @@ class _Reader(NamedTuple):
         """The name of the attention function for what is read in full."""
         return full_implementation(self.config)
 
+    def full_mask(self, attention_mask, query_positions: Tensor, *, batch: int, keys: int, past=0) -> FullMask:
+        """See `masks.full_attention_mask`."""
+        return masks.full_attention_mask(
+            attention_mask,
+            batch=batch,
+            heads=self.config.num_attention_heads,
+            query_positions=query_positions,
+            past=past,
+            keys=keys,
+            is_causal=self.config.is_decoder,
+            dtype=self.tokens.dtype,
+            implementation=self.implementation,
+        )
+
     def choose_engine(self, has_global_tokens: bool) -> Choice:
         """The engine for what is read sparsely."""
         config, tokens = self.config, self.tokens
@@ -391,7 +405,7 @@ def _computed(reader: _Reader, keeps: str) -> Tensor | None:
 
 def _full_mask(reader: _Reader) -> FullMask:
     """The mask of a batch that is read in full as it came."""
-    config, tokens, num_extra = reader.config, reader.tokens, reader.config.num_extra_global_tokens
+    tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
     attention_mask, keys = tokens.attention_mask, tokens.length if tokens.keys is None else tokens.keys
     if is_tracing() and not tokens.has_cache and attention_mask is None and tokens.position_ids is not None:
         attention_mask = same_document_mask(tokens.position_ids.expand(tokens.batch, -1))
@@ -399,17 +413,7 @@ def _full_mask(reader: _Reader) -> FullMask:
     if num_extra:
         attention_mask = masks.with_extra_tokens(attention_mask, num_extra)
         places = torch.arange(tokens.length + num_extra, device=tokens.device)
-    return masks.full_attention_mask(
-        attention_mask,
-        batch=tokens.batch,
-        heads=config.num_attention_heads,
-        query_positions=places,
-        past=tokens.past,
-        keys=keys + num_extra,
-        is_causal=config.is_decoder,
-        dtype=tokens.dtype,
-        implementation=reader.implementation,
-    )
+    return reader.full_mask(attention_mask, places, batch=tokens.batch, keys=keys + num_extra, past=tokens.past)
 
 
 def _sparse_part(reader: _Reader) -> SparsePart:
@@ -557,17 +561,7 @@ def _packed_part(
         key_mask = nn.functional.pad(key_mask, (0, num_extra), value=True)
     if span.num_blocks is None:
         places = torch.arange(place.size + num_extra, device=tokens.device)
-        mask = masks.full_attention_mask(
-            key_mask,
-            batch=place.documents,
-            heads=config.num_attention_heads,
-            query_positions=places,
-            past=0,
-            keys=len(places),
-            is_causal=config.is_decoder,
-            dtype=tokens.dtype,
-            implementation=reader.implementation,
-        )
+        mask = reader.full_mask(key_mask, places, batch=place.documents, keys=len(places))
         return FullPart(**where, mask=mask, implementation=reader.implementation)
     if global_mask is not None:
         global_mask = global_mask[place.start : place.end].view(place.documents, place.size)

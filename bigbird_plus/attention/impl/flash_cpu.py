@@ -93,7 +93,7 @@ def gradients(
         inputs += _of(documents, output, dtype=dtype)
         for parts in groups:
             lse = log_sum_exp if isinstance(parts[0], _GlobalTokensPart) else elsewhere
-            _add_gradients(parts, reading.scaling, _of(documents, *grads), lse[documents], *inputs)
+            _add_gradients(parts, reading.scaling, _of(documents, *grads), lse[documents], inputs)
     return grads.to(query.dtype)
 
 
@@ -422,9 +422,10 @@ def _attend_to(part: _DensePart, scaling: float, query, key, value, bias) -> tup
     return part.to_rows(output), part.to_rows(log_sum_exp.unsqueeze(-1))
 
 
-def _add_gradients(parts, scaling, grads, log_sum_exp, grad_output, query, key, value, bias, output) -> None:
+def _add_gradients(parts, scaling, grads, log_sum_exp, inputs) -> None:
     """What comes to queries, keys and values through a group of rows: written to the first of `grads`, added to the
-    others."""
+    others. `inputs` are the gradient of the output, queries, keys, values, what is added to scores, and the output."""
+    grad_output, query, key, value, bias, output = inputs
     grad_query, grad_key, grad_value = grads
     grad_rows = None
     for part in parts:
