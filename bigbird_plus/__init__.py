@@ -1,5 +1,7 @@
 """BigBird for transformers: importing this package registers its classes with the Auto classes, and no more."""
 
+from typing import TYPE_CHECKING
+
 from . import _compat  # noqa: F401 (first: it keeps others quiet that transformers imports)
 from .attention import block_sparse_attention, register_engine
 from .attention.pattern import BlockPattern, Sparsity
@@ -32,6 +34,9 @@ from .pipelines import ExtractiveQuestionAnsweringPipeline, SummarizationPipelin
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
+if TYPE_CHECKING:
+    from .trainer import ContextParallelTrainer
+
 __version__ = "0.1.0"
 __docformat__ = "google"  # of docstrings, for pdoc
 
@@ -55,6 +60,7 @@ __all__ = [
     "BigBirdTokenizer",
     "BigBirdTokenizerFast",
     "BlockPattern",
+    "ContextParallelTrainer",
     "DataCollatorForDocuments",
     "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
@@ -69,5 +75,14 @@ __all__ = [
     "replace_builtin",
     "unregister",
 ]
+
+
+def __getattr__(name: str):
+    if name == "ContextParallelTrainer":  # not before: transformers' Trainer needs accelerate, and takes its time
+        from .trainer import ContextParallelTrainer
+
+        return ContextParallelTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

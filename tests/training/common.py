@@ -22,7 +22,7 @@ def labelled_rows(name, count=4, length=LENGTH, seed=0):
     return [{key: value[row] for key, value in batch.items()} for row in range(count)]
 
 
-def make_trainer(model, rows, folder, **settings):
+def make_trainer(model, rows, folder, *, trainer_class=Trainer, **settings):
     """A `Trainer` on the CPU, without warm-up, decay of the learning rate, clipping or noise on the console."""
     arguments = {
         "output_dir": str(folder),
@@ -38,7 +38,7 @@ def make_trainer(model, rows, folder, **settings):
         "seed": 1,
     }
     trainer_only = {key: settings.pop(key) for key in list(settings) if key in TRAINER_ONLY}
-    return Trainer(
+    return trainer_class(
         model=model, args=TrainingArguments(**{**arguments, **settings}), train_dataset=rows, **trainer_only
     )
 

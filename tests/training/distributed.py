@@ -1,8 +1,10 @@
 """Programs of which each process runs a copy. They write what they saw to files for the tests to read."""
 
+import pytest
 import torch
 from transformers import default_data_collator
 
+import bigbird_plus
 from tests.peers import TASK_MODELS
 from tests.training.common import labelled_rows, make_trainer, tiny_model
 
@@ -79,10 +81,43 @@ def train_by_hand(model, part=slice(None)):
     return losses
 
 
+def shared_documents(folder):
+    """Documents that both processes share. (accelerate takes `cp_size` on GPUs alone, and is told not to ask.)"""
+    from accelerate import ParallelismConfig
+
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    settings = {"parallelism_config": ParallelismConfig(cp_size=2), "ddp_find_unused_parameters": False}
+    settings["trainer_class"] = bigbird_plus.ContextParallelTrainer
+    refused = [
+        refusal(folder, **settings, **more) for more in ({"compute_metrics": len}, {"label_smoothing_factor": 0.1})
+    ]
+    return train_shared(folder, **settings) | {"refused": refused}
+
+
+def refusal(folder, **settings):
+    """What the error says that such a trainer raises."""
+    with pytest.raises(ValueError) as error:
+        make_trainer(tiny_model(SHARDED), [], folder, **settings)
+    return str(error.value)
+
+
+def train_shared(folder, **settings):
+    """Losses in training and in evaluation, and weights, of documents that are long enough to be shared."""
+    rows = labelled_rows(SHARDED, count=ROWS * STEPS)
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "eval_dataset": rows[:ROWS]}
+    trainer = make_trainer(tiny_model(SHARDED), rows, folder, gradient_accumulation_steps=2, **settings)
+    trainer.train()
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "weights": {key: value.detach().clone() for key, value in trainer.model.state_dict().items()},
+    }
+
+
 def run(folder):
-    """Both in turn: what the first process has found."""
+    """All in turn: what the first process has found."""
     torch.distributed.init_process_group("gloo")
-    results = {"ddp": data_parallel(folder), "fsdp": fully_sharded(folder)}
+    results = {"ddp": data_parallel(folder), "fsdp": fully_sharded(folder), "shared": shared_documents(folder)}
     if torch.distributed.get_rank() == 0:
         torch.save(results, f"{folder}/results.pt")
     torch.distributed.destroy_process_group()

@@ -11,10 +11,11 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch.distributed.tensor.experimental import context_parallel
 
+import bigbird_plus
 from tests import fresh
 from tests.peers import MODELS, TASK_MODELS, random_ids
 from tests.training import distributed
-from tests.training.common import tiny_model
+from tests.training.common import make_trainer, tiny_model
 from tests.training.test_peft import assert_close, outputs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -55,6 +56,19 @@ def test_sharded_training_is_that_of_one_process(found_by_two):
     model = tiny_model(distributed.SHARDED)
     losses = distributed.train_by_hand(model)
     assert_same_training(found, {"losses": losses, "weights": model.state_dict()})
+
+
+@pytest.mark.distributed
+def test_training_on_shared_documents_is_that_of_one_process(found_by_two, tmp_path):
+    found, expected = found_by_two["shared"], distributed.train_shared(tmp_path / "one")
+    assert_same_training(found, expected)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-4)
+    assert [text.split()[0] for text in found["refused"]] == ["compute_metrics", "label_smoothing_factor"]
+
+
+def test_documents_are_not_shared_unasked(tmp_path):
+    with pytest.raises(ValueError, match=r"parallelism_config is None.*cp_size"):
+        make_trainer(tiny_model("BigBirdForMaskedLM"), [], tmp_path, trainer_class=bigbird_plus.ContextParallelTrainer)
 
 
 class TestContextParallelism:
