@@ -2,29 +2,36 @@
 
     python examples/retrieval.py --output-dir embedder
 
-makes its own documents of 4,096 tokens, each of some verses that come again and again, and queries, words of one of
-these verses. It shows the steps: in the minute or so that this takes on a CPU, the small checkpoint that comes with
-bigbird_plus learns next to nothing. With data of your own:
+makes its own documents: verses between which, now and then, it says who reigned where for how long. A query says the
+same in other words. In about a minute on two cores the small checkpoint that comes with bigbird_plus learns from short
+documents to find long ones, of 4,096 tokens. With data of your own:
 
     python examples/retrieval.py --train-data train.jsonl --eval-data dev.jsonl --output-dir embedder \
-        --model google/bigbird-roberta-base --max-length 16384 --pooling cls --steps 2000 --learning-rate 2e-5
+        --model google/bigbird-roberta-base --max-length 16384 --train-length 4096 --steps 2000 \
+        --learning-rate 2e-5
 
-The data are JSON lines: `{"query": "...", "document": "..."}`. An embedding is the mean of a document's hidden states
-(`--pooling mean`), the first of them (`cls`), or one for each token (`tokens`, for sentence-transformers from 6 on).
+The data are JSON lines: `{"query": "...", "document": "..."}`.
 """
 
 import argparse
 import random
 import re
+from itertools import product
 
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from summarize_encoder_decoder import KINGS, LANDS, YEARS
 from transformers import set_seed
 
 import bigbird_plus
+
+WORDINGS = ["And {0} reigned over {1} {2} years.", "And {2} years was {0} king in {1}."]
+QUERY = "The king of {1} for {2} years was {0}."
+HELD_OUT = 24
+POOLING = "mean of the hidden states, the first of them, or one vector a token (from sentence-transformers 6 on)"
 
 
 def parse_args(argv=None):
@@ -33,35 +40,38 @@ def parse_args(argv=None):
     parser.add_argument("--eval-data", help="another file, to be given with it")
     parser.add_argument("--model", default=str(bigbird_plus.demo_checkpoint()), help="hub name or folder")
     parser.add_argument("--output-dir", required=True, help="where the embedder goes")
-    parser.add_argument("--pooling", choices=["mean", "cls", "tokens"], default="mean")
+    parser.add_argument("--pooling", choices=["mean", "cls", "tokens"], default="cls", help=POOLING)
     parser.add_argument("--max-length", type=int, default=4096, help="tokens; longer documents are cut")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=4, help="each document is compared with so many queries")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--train-length", type=int, default=384, help="the same in training")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=16, help="each document is compared with so many queries")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--cpu", action="store_true", help="do not use an accelerator")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args(argv)
 
 
-def make_data(count, length, seed):
-    """Documents of some `length` tokens, each with a query."""
-    draw = random.Random(seed)
-    verses = [verse for verse in re.split(r"(?<=[.;:?]) ", bigbird_plus.demo.document()) if len(verse) > 40]
-    for _ in range(count):
-        own = draw.sample(verses, 4)
-        words = draw.choice(own).split()
-        query = " ".join(word for word in words if draw.random() < 0.7)
-        document = " ".join(draw.choices(own, k=length // 20))  # a verse has some twenty tokens
-        yield {"query": query, "document": document}
+def make_data(facts, length, draw):
+    """For each fact a query, and a document of `length` tokens or a few more that says it now and then."""
+    verses = re.split(r"(?<=\.) ", bigbird_plus.demo.document())
+    for fact in facts:
+        document = draw.choices(verses, k=length // 60)
+        document += [wording.format(*fact) for wording in draw.choices(WORDINGS, k=length // 20)]
+        draw.shuffle(document)
+        yield {"query": QUERY.format(*fact), "document": " ".join(document)}
 
 
 def read_data(args):
     """The pairs to train on, and those held out."""
     if args.train_data:
         return Dataset.from_json(args.train_data), Dataset.from_json(args.eval_data or args.train_data)
-    made = list(make_data(args.steps * args.batch_size + 16, args.max_length, args.seed))
-    return Dataset.from_list(made[:-16]), Dataset.from_list(made[-16:])
+    draw = random.Random(args.seed)
+    facts = list(product(KINGS, LANDS, YEARS))
+    draw.shuffle(facts)
+    chosen = draw.choices(facts[HELD_OUT:], k=args.steps * args.batch_size)
+    made = make_data(chosen, args.train_length, draw), make_data(facts[:HELD_OUT], args.max_length, draw)
+    return [Dataset.from_list(list(pairs)) for pairs in made]
 
 
 def read_model(args):
@@ -96,6 +106,8 @@ def train(model, pairs, args):
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        warmup_steps=args.steps // 10,
+        batch_sampler="no_duplicates",
         bf16=args.bf16,
         use_cpu=args.cpu,
         seed=args.seed,
@@ -103,12 +115,15 @@ def train(model, pairs, args):
         save_strategy="no",
         report_to=[],
     )
+    model.max_seq_length = args.train_length
     trainer_class(model, arguments, train_dataset=pairs, loss=loss(model)).train()
+    model.max_seq_length = args.max_length
 
 
 def accuracy(model, pairs):
     """The share of queries that find their document first."""
-    queries, documents = model.encode_query(list(pairs["query"])), model.encode_document(list(pairs["document"]))
+    queries = model.encode_query(list(pairs["query"]))
+    documents = model.encode_document(list(pairs["document"]), batch_size=4)
     best = model.similarity(queries, documents).argmax(-1).cpu()
     return float((best == torch.arange(len(pairs))).float().mean())
 
