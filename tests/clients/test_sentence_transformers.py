@@ -126,7 +126,7 @@ def flatten_batches(transformer, monkeypatch):
     assert transformer.can_flatten_inputs
 
 
-if hasattr(Transformer, "unpad_inputs"):
+if hasattr(Transformer, "_is_flash_attention_requested"):
 
     @pytest.mark.parametrize("pooling", ["mean", "cls"])
     def test_embeddings_of_a_flattened_batch_are_those_of_each_alone(pooling, tmp_path, monkeypatch):
