@@ -119,6 +119,8 @@ def _converted(layer, states, activation, residual, is_gelu):
             return _ConvertedLinear.apply(states, layer.weight, layer.bias, dtype), activation, residual
         if activation is not None and not is_gelu:
             return _converted_product(states, layer.weight, layer.bias, dtype), activation, residual
+        if residual is not None:  # under autocast the sum keeps the precision of the states
+            dtype = torch.promote_types(dtype, residual.dtype)
         return _converted_product(states, layer.weight, layer.bias, dtype, is_gelu, residual), None, None
 
 
