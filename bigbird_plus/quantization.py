@@ -2,12 +2,16 @@
 transformers' registry of quantizers (see `auto`)."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_big_bird import BigBirdConfig
+from .conversion import MODELS, load_tokenizer
 from .int8 import Int8Linear, require_int8
 from .modeling_big_bird import BigBirdEncoder, BigBirdPreTrainedModel
 
@@ -39,6 +43,35 @@ def quantize(model: BigBirdPreTrainedModel) -> BigBirdPreTrainedModel:
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
+    return model
+
+
+def quantize_checkpoint(source: str | Path, target: str | Path) -> BigBirdPreTrainedModel:
+    """`quantize`s a checkpoint, and writes it with its tokenizer, where it has one, into a new folder.
+
+    Args:
+        source: a local folder, or a name on the Hub. The model is of the class that its configuration names.
+        target: the folder to write, which must be new or empty.
+
+    Returns:
+        The new model, in evaluation mode.
+
+    Raises:
+        ValueError: if `target` is not empty or `source` no BigBird encoder, and as `quantize` does.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target must be a new or an empty folder, but {target} is not empty.")
+    config = AutoConfig.from_pretrained(source)
+    name = (config.architectures or ["BigBirdModel"])[0]
+    model_class = {model.__name__: model for model in MODELS}.get(name)
+    if not isinstance(config, BigBirdConfig) or model_class is None:
+        raise ValueError(f"source must be a BigBird encoder, but {source} is a {config.model_type}, {name}.")
+    model = quantize(model_class.from_pretrained(source).eval())
+    model.save_pretrained(target)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
     return model
 
 
