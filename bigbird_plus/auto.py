@@ -61,7 +61,7 @@ AUTO_MODELS = {
     "AutoModelWithLMHead": BigBirdForMaskedLM,  # transformers 4 only
 }
 # Its decoder alone (AutoModelForCausalLM) stays transformers': it reads no documents.
-PEGASUS_AUTO_MODELS = {
+PEGASUS_AUTO_MODELS: dict[str, type] = {
     "AutoModel": BigBirdPegasusModel,
     "AutoModelForSeq2SeqLM": BigBirdPegasusForConditionalGeneration,
     "AutoModelForSequenceClassification": BigBirdPegasusForSequenceClassification,

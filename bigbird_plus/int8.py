@@ -3,6 +3,7 @@ come, each token by itself. So what a token gets does not depend on the others o
 at once."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ class Int8Linear(nn.Module):
     The state dict holds `weight`, int8 `[out_features, in_features]`, `scale`, `[out_features]`, and `bias`,
     `[out_features]`. While the layer is on a CPU it keeps the weight in oneDNN's order alone.
     """
+
+    weight: Any  # None while it is packed
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         """Without numbers: see `of`, or load some."""
@@ -61,20 +66,21 @@ class Int8Linear(nn.Module):
     def _plain_weight(self) -> Tensor:
         return self.weight if self._packed is None else self._packed[0].to_dense().t().contiguous()
 
+    @torch.compiler.disable
     def forward(self, states: Tensor) -> Tensor:
         """Of `[..., in_features]` and a floating dtype, to `[..., out_features]` of the same.
 
         Raises:
-            RuntimeError: where states need gradients, which rounding has not, or where they cannot be computed.
+            RuntimeError: where states need gradients, which rounding has not, or a graph is made for elsewhere.
+            ValueError: on another device, or where torch lacks the operators.
         """
         if torch.is_grad_enabled() and states.requires_grad:
             raise RuntimeError(
                 "A model quantized to int8 gives no gradients to the states of its layers. Use torch.no_grad(), or "
                 "train before you quantize."
             )
-        if is_tracing() or is_transformed():  # graphs know torch's own operators only
-            weight = self._plain_weight().to(states.dtype) * self.scale.to(states.dtype)[:, None]
-            return nn.functional.linear(states, weight, None if self.bias is None else self.bias.to(states.dtype))
+        if is_tracing() or is_transformed():
+            raise RuntimeError("An int8 model cannot be exported or transformed. Take the model that it was made of.")
         require_int8(states.device)
         packed, sums = _pack(self.weight) if self._packed is None else self._packed
         scale = self.scale.float()

@@ -41,7 +41,7 @@ def quantize(model: BigBirdPreTrainedModel) -> BigBirdPreTrainedModel:
     quantizer = BigBirdInt8Quantizer(BigBirdInt8Config(), pre_quantized=False)
     quantizer.preprocess_model(model)
     model.config.quantization_config = quantizer.quantization_config
-    model.hf_quantizer = quantizer
+    model.hf_quantizer = quantizer  # type: ignore[assignment]  # as transformers does
     quantizer.postprocess_model(model)
     return model
 
@@ -81,7 +81,7 @@ class BigBirdInt8Config(QuantizationConfigMixin):
 
     def __init__(self, quant_method: str = METHOD):
         """Without options: `quant_method` is what the file says."""
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # theirs are an enumeration
 
     def to_diff_dict(self) -> dict:
         """What `repr` shows."""
