@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .attention.engines import Call, choose_engine
 from .configuration_big_bird import BigBirdConfig
 from .cpu import has_onednn, onednn_product
 from .environment import describe_environment
@@ -125,9 +126,10 @@ def benchmark(settings: Settings) -> dict:
         `seconds_of_repeats` (of a layer, too), `peak_bytes`, and of both the ratio to bigbird_plus at this length
         (`time_ratio`, `memory_ratio`) and the growth from the first length, as a multiple of linear growth
         (`time_growth`, `memory_growth`); `tokens_per_second` of a whole model of the base size, reckoned from a
-        layer. `matrix_products`, for each length: `seconds` of a layer's matrix products by torch's default path and
-        by oneDNN's, and `ratio`, our time of a layer to the faster of them. None stands for what could not be
-        measured; `fits` is false where that is for want of memory.
+        layer. `engine`: what reads sparsely, and why others were passed over. `matrix_products`, for each length:
+        `seconds` of a layer's matrix products by torch's default path and by oneDNN's, and `ratio`, our time of a
+        layer to the faster of them. None stands for what could not be measured; `fits` is false where that is for
+        want of memory.
     """
     steps = len(settings.contestants) * len(settings.lengths)
     paths = product_paths(settings)
@@ -150,6 +152,7 @@ def benchmark(settings: Settings) -> dict:
             seconds[length] = _seconds_per_layer(names, paths, length, settings, lambda: progress.advance(task))
     return {
         "settings": asdict(settings),
+        "engine": _engine(settings),
         "environment": describe_environment(),
         "results": summary(settings, peaks, seconds),
         "matrix_products": [_products_summary(length, seconds[length], paths) for length in settings.lengths],
@@ -447,12 +450,23 @@ def _number(value: float | None, unit: float, digits: int) -> str:
     return "-" if value is None else f"{value * unit:,.{digits}f}"
 
 
+def _engine(settings: Settings) -> dict:
+    """What computes our block-sparse attention, and why others were passed over."""
+    device, dtype = torch.device(settings.device), settings.factory["dtype"]
+    call = Call(device, dtype, HIDDEN // HEADS, BigBirdConfig().block_size, needs_gradients=settings.train)
+    choice = choose_engine("sdpa", call)
+    return {"name": choice.name, "passed_over": choice.passed_over}
+
+
 def notes(report: dict) -> list[str]:
     """What to know about the table."""
     lines = [
         "ratio: to bigbird_plus at this length. growth: from the first length, 1 if linear. peak: what a step takes "
         "beyond the model. products: the matrix products of a layer alone. -: not measured."
     ]
+    engine = report["engine"]
+    passed_over = "".join(f" Not {name}: {reason}." for name, reason in engine["passed_over"].items())
+    lines.append(f"{OURS} reads sparsely by the engine {engine['name']}.{passed_over}")
     for products in report["matrix_products"]:
         if products["ratio"] is not None:
             path = min(products["seconds"], key=products["seconds"].get)

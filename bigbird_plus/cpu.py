@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .attention.common import (
     EMULATED,
     HALF_PRECISION,
+    chunks,
     is_exporting,
     is_tracing,
     is_transformed,
-    pieces_at_once,
-    runs,
+    per_chunk,
 )
 from .int8 import Int8Linear
 
@@ -134,10 +134,10 @@ def _converted_product(states, weight, bias, dtype, is_gelu=False, residual=None
     result = torch.empty(len(rows), outputs, dtype=dtype)
     residual = None if residual is None else residual.reshape(-1, outputs)
     multiply = onednn_product if _vendor_is_amd() and has_onednn() else nn.functional.linear
-    for columns in runs(0, outputs, pieces_at_once(inputs * torch.float32.itemsize)):
+    for columns in chunks(0, outputs, per_chunk(inputs * torch.float32.itemsize)):
         taken = slice(columns.start, columns.stop)
         own_weight, own_bias = weight[taken].float(), None if bias is None else bias[taken].float()
-        for some in runs(0, len(rows), pieces_at_once(max(inputs, len(columns)) * torch.float32.itemsize)):
+        for some in chunks(0, len(rows), per_chunk(max(inputs, len(columns)) * torch.float32.itemsize)):
             where = slice(some.start, some.stop)
             product = multiply(rows[where].float(), own_weight, own_bias)
             if is_gelu:
@@ -270,7 +270,7 @@ class _OneDnnLinear(torch.autograd.Function):
         )
 
 
-def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Module]) -> Tensor:
+def in_chunks(function, *tensors: Tensor, width: int, modules: Iterable[nn.Module]) -> Tensor:
     """`function(*tensors)`; on a CPU, in evaluation and without gradients, for some tokens after others.
 
     In training it is called once: gradient checkpointing needs the same dropout with and without gradients.
@@ -284,10 +284,10 @@ def in_pieces(function, *tensors: Tensor, width: int, modules: Iterable[nn.Modul
     if tensors[0].device.type != "cpu" or torch.is_grad_enabled() or is_tracing() or is_transformed():
         return function(*tensors)  # before the sizes are asked for: graphs are for any
     batch, length = tensors[0].shape[:2]
-    size = pieces_at_once(batch * width * torch.float32.itemsize)
+    size = per_chunk(batch * width * torch.float32.itemsize)
     if size >= length or any(module.training or is_watched(module) for module in modules):
         return function(*tensors)
-    for piece in runs(0, length, size):
+    for piece in chunks(0, length, size):
         part = function(*(tensor[:, piece.start : piece.stop] for tensor in tensors))
         if piece.start == 0:
             result = part.new_empty(part.shape[0], length, *part.shape[2:])

@@ -49,8 +49,8 @@ def layer_attention(model, input_ids: Tensor, layer: int | None = None, head: in
     return of_heads.mean(0) if head is None else of_heads[head]
 
 
-def _ask_for_probabilities(module, arguments, how):
-    return arguments, {**how, "output_attentions": True}
+def _ask_for_probabilities(module, arguments, kwargs):
+    return arguments, {**kwargs, "output_attentions": True}
 
 
 def check_index(name: str, value: int, count: int) -> None:

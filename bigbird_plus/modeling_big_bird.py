@@ -16,7 +16,7 @@ from transformers.pytorch_utils import prune_linear_layer
 from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
-from .attention.common import is_exporting, may_read_values, pieces_at_once, runs
+from .attention.common import chunks, is_exporting, may_read_values, per_chunk
 from .attention.documents import (
     Flattened,
     document_positions,
@@ -32,7 +32,7 @@ from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .cpu import TanhGELU, in_pieces, is_watched, linear
+from .cpu import TanhGELU, in_chunks, is_watched, linear
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -207,7 +207,7 @@ class BigBirdEmbeddings(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
         tensors = (inputs, token_type_ids, position_ids)
-        return in_pieces(self._embed, *tensors, width=self.hidden_size, modules=self.children())
+        return in_chunks(self._embed, *tensors, width=self.hidden_size, modules=self.children())
 
     def _embed(self, inputs, token_type_ids, position_ids):
         if self.tiled_positions:
@@ -440,7 +440,7 @@ class BigBirdOutput(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, added to `input_tensor`, from `[batch, length, input_size]`."""
         width = input_tensor.shape[-1]
-        return in_pieces(self._project, hidden_states, input_tensor, width=width, modules=self.children())
+        return in_chunks(self._project, hidden_states, input_tensor, width=width, modules=self.children())
 
     def _project(self, states, residual):
         if self.dropout.training:
@@ -552,13 +552,16 @@ class BigBirdLayer(GradientCheckpointingLayer):
         refuse_block_masks(
             band_mask=band_mask, from_mask=from_mask, to_mask=to_mask, blocked_encoder_mask=blocked_encoder_mask
         )
-        how = {"past_key_values": the_cache(past_key_values, cache), "output_attentions": output_attentions}
-        how |= {"cache_position": cache_position, "cache_idx": cache_idx}
-        hidden_states, *probabilities = self.attention(hidden_states, attention_mask, head_mask, **how)
+        kwargs = {"past_key_values": the_cache(past_key_values, cache), "output_attentions": output_attentions}
+        kwargs |= {"cache_position": cache_position, "cache_idx": cache_idx}
+        hidden_states, *probabilities = self.attention(hidden_states, attention_mask, head_mask, **kwargs)
         if self.is_decoder and encoder_hidden_states is not None:
             self._check_cross_attention()
-            how |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
-            hidden_states, cross_probabilities = self.crossattention(hidden_states, **how)
+            kwargs |= {
+                "encoder_hidden_states": encoder_hidden_states,
+                "encoder_attention_mask": encoder_attention_mask,
+            }
+            hidden_states, cross_probabilities = self.crossattention(hidden_states, **kwargs)
             probabilities.append(cross_probabilities)
         hidden_states = self._feed_forward(hidden_states)
         return (hidden_states, *probabilities) if output_attentions else (hidden_states,)
@@ -572,7 +575,7 @@ class BigBirdLayer(GradientCheckpointingLayer):
             chunks = hidden_states.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
         modules = (self.LayerNorm, self.intermediate, self.output)
-        return in_pieces(self.feed_forward_chunk, hidden_states, width=self.intermediate_size, modules=modules)
+        return in_chunks(self.feed_forward_chunk, hidden_states, width=self.intermediate_size, modules=modules)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
@@ -596,18 +599,18 @@ class BigBirdLayer(GradientCheckpointingLayer):
         return is_ours and not attention.self.training
 
     def stream(self, states: Tensor, plan: Plan) -> None:
-        """As `forward`, in inference, but written over `states`, one of the `shares` of a plan: of a document that is
-        longer than `tokens_at_once` some blocks after others. What that takes does not grow with the length."""
-        attention, size = self.attention.self, self.tokens_at_once(states)
+        """As `forward`, in inference, but written over `states`, one of the `chunks` of a plan: of a document that is
+        longer than `tokens_per_chunk` some blocks after others. What that takes does not grow with the length."""
+        attention, size = self.attention.self, self.tokens_per_chunk(states)
         document = plan.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
         if document is None or not is_streamable(document[0]):
             states.copy_(self(states, plan)[0])
         else:
             self._stream_document(states, *document, plan.rotation, size)
 
-    def tokens_at_once(self, hidden_states: Tensor) -> int:
+    def tokens_per_chunk(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""
-        return pieces_at_once(self.intermediate_size * hidden_states.element_size())
+        return per_chunk(self.intermediate_size * hidden_states.element_size())
 
     def _stream_document(self, states, pattern, key_mask, rotation, size):
         attention, block_size = self.attention.self, pattern.block_size
@@ -620,7 +623,7 @@ class BigBirdLayer(GradientCheckpointingLayer):
         of_ends = entering(ends, slice(first), slice(last, None))
         asked, read = attention.queries(*of_ends), attention.keys_and_values(*of_ends)
         stream = Stream(pattern, asked, *read, key_mask, scaling=attention.scaling)
-        for rows in runs(pattern.first_row, pattern.last_row, max(1, size // block_size)):
+        for rows in chunks(pattern.first_row, pattern.last_row, max(1, size // block_size)):
             blocks = stream.blocks_before(rows)
             if blocks:
                 near = stream.tokens(blocks)
@@ -686,8 +689,8 @@ class BigBirdEncoder(nn.Module):
         past_key_values = the_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        how = {"past_key_values": past_key_values, "output_attentions": output_attentions}
-        how |= {"cache_position": cache_position}
+        kwargs = {"past_key_values": past_key_values, "output_attentions": output_attentions}
+        kwargs |= {"cache_position": cache_position}
         all_hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()
         cross_attentions: tuple[Tensor, ...] = ()
@@ -696,7 +699,7 @@ class BigBirdEncoder(nn.Module):
                 all_hidden_states += (plan.leave(hidden_states),)
             layer_mask = None if head_mask is None else head_mask[cache_idx]
             arguments = (hidden_states, attention_mask, layer_mask, encoder_hidden_states, encoder_attention_mask)
-            outputs = layer(*arguments, cache_idx=cache_idx, **how)
+            outputs = layer(*arguments, cache_idx=cache_idx, **kwargs)
             # a hook or somebody's own layer may return nothing but the states
             hidden_states, *probabilities = (outputs,) if isinstance(outputs, Tensor) else outputs
             attentions += tuple(plan.leave_probabilities(own) for own in probabilities[:1])
@@ -712,8 +715,8 @@ class BigBirdEncoder(nn.Module):
         return output if return_dict else output.to_tuple()
 
     def _stream(self, hidden_states, plan):
-        size = self.layer[0].tokens_at_once(hidden_states)
-        for states, own_plan in plan.shares(hidden_states, size):
+        size = self.layer[0].tokens_per_chunk(hidden_states)
+        for states, own_plan in plan.chunks(hidden_states, size):
             for layer in self.layer:
                 layer.stream(states, own_plan)
             for run in states.split(size, dim=1):
@@ -1004,7 +1007,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             encoder_hidden_states,
             self._encoder_plan(encoder_attention_mask, encoder_hidden_states, tokens),
             cache,
-            cache_position=tokens.places,
+            cache_position=tokens.cache_position,
             output_attentions=asked[0],
             output_hidden_states=asked[1],
             streams=not asks_for_more and self._streams(hidden_states, plan),
@@ -1060,7 +1063,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             cache_position = torch.arange(length, device=inputs.device) + past
         return Tokens(
             batch=batch,
-            places=cache_position,
+            cache_position=cache_position,
             dtype=masks.compute_dtype(inputs.dtype if inputs.is_floating_point() else self.dtype, inputs.device),
             position_ids=position_ids,
             past=past,
@@ -1095,7 +1098,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             len(layers) > 0
             and all(type(layer) is BigBirdLayer and layer.can_stream for layer in layers)
             and len({layer.attention_type for layer in layers}) == 1
-            and hidden_states[..., 0].numel() > layers[0].tokens_at_once(hidden_states)
+            and hidden_states[..., 0].numel() > layers[0].tokens_per_chunk(hidden_states)
             and not is_watched(self.embeddings)
             and not is_watched(self.encoder)
         )

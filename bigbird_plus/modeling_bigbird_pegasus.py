@@ -37,7 +37,7 @@ from .attention import masks
 from .attention.parts import Tokens
 from .attention.plan import Plan, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type
-from .cpu import in_pieces, linear
+from .cpu import in_chunks, linear
 from .modeling_big_bird import (
     BigBirdSelfAttention,
     activation_function,
@@ -146,7 +146,7 @@ class BigBirdPegasusEncoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self._drop(states)
         modules = (self.fc1, self.fc2, self.final_layer_norm)
-        return in_pieces(
+        return in_chunks(
             self._feed_forward, hidden_states, width=self.intermediate_size, modules=modules
         ), probabilities
 
@@ -269,7 +269,7 @@ class BigBirdPegasusEncoder(BigBirdPegasusPreTrainedModel):
         batch, length = words.shape[:2]
         tokens = Tokens(
             batch=batch,
-            places=torch.arange(length, device=words.device),
+            cache_position=torch.arange(length, device=words.device),
             dtype=masks.compute_dtype(words.dtype, words.device),
             attention_mask=attention_mask,
         )

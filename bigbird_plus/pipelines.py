@@ -340,5 +340,5 @@ class SummarizationPipeline(_TextPipeline):
 
     def postprocess(self, outputs, clean_up_tokenization_spaces=False):
         """The summaries of a document."""
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": clean_up_tokenization_spaces}
-        return [{"summary_text": self.tokenizer.decode(tokens, **how)} for tokens in outputs["written"][0]]
+        kwargs = {"skip_special_tokens": True, "clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        return [{"summary_text": self.tokenizer.decode(tokens, **kwargs)} for tokens in outputs["written"][0]]

@@ -181,6 +181,7 @@ def report(models=False) -> dict:
     paths = {"products, torch": None}
     return {
         "settings": bench.asdict(settings),
+        "engine": bench._engine(settings),
         "environment": {"CPU": "a processor", "torch": "2.x", "transformers": "5.x"},
         "results": bench.summary(settings, peaks, seconds),
         "matrix_products": [bench._products_summary(length, seconds[length], paths) for length in settings.lengths],
@@ -215,6 +216,7 @@ def test_table_and_notes_fit_a_terminal():
     notes = "\n".join(bench.notes(report()))
     assert "bigbird_plus at 2,048 tokens: 2.00 times products, torch." in notes
     assert "*: does not fit" in notes
+    assert "reads sparsely by the engine merged. Not triton: the kernels are for" in notes
 
 
 def test_models_table():

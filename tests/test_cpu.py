@@ -131,7 +131,7 @@ def no_half_precision(monkeypatch):
     """A processor without instructions for half precision, whichever this is."""
     for place in (module, common):
         monkeypatch.setattr(place, "EMULATED", set(HALF))
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", 2**11)  # 21 outputs of some rows at a time
+    monkeypatch.setattr(common, "CHUNK_BYTES", 2**11)  # 21 outputs of some rows at a time
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -177,7 +177,7 @@ def test_autocast_without_instructions(no_half_precision, layer, dtype):
 @pytest.mark.parametrize("length", [60, 203])
 def test_a_model_in_half_precision(no_half_precision, monkeypatch, dtype, length):
     """No farther from float32 than the built-in model, in outputs and gradients; packed, streamed and whole."""
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", 2**14)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 2**14)
     ours, theirs = make_pair(attention_type="block_sparse" if length > 100 else "original_full")
     ids, mask = random_ids(2, length), torch.ones(2, length, dtype=torch.long)
     mask[1, length // 2 :] = 0

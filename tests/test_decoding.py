@@ -34,7 +34,7 @@ def assert_close(actual, expected, tolerance=1e-4):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def in_pieces(model, ids, cache, pieces=PIECES, mask=None, position_ids=None, **kwargs):
+def in_chunks(model, ids, cache, pieces=PIECES, mask=None, position_ids=None, **kwargs):
     """The logits of pieces, one after the other, and the last output."""
     results, past = [], 0
     for size in pieces:
@@ -210,7 +210,7 @@ def new_cache(kind, config):
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static", "encoder-decoder", "tuple"])
 def test_pieces_equal_the_whole(kind, implementation):
     model, ids = decoder(attn_implementation=implementation), random_ids(2, LENGTH)
-    actual, output = in_pieces(model, ids, new_cache(kind, model.config))
+    actual, output = in_chunks(model, ids, new_cache(kind, model.config))
     assert_close(actual, logits(model, ids))
     expected = {"static": StaticCache, "encoder-decoder": EncoderDecoderCache, "tuple": tuple}.get(kind, DynamicCache)
     assert isinstance(output.past_key_values, expected)
@@ -231,7 +231,7 @@ def test_pieces_of_a_left_padded_batch_equal_each_sequence_alone(kind, attention
     )
     ids = torch.cat([long, padded])
     whole = logits(model, ids, attention_mask=mask, position_ids=position_ids)
-    pieces, _ = in_pieces(model, ids, new_cache(kind, model.config), mask=mask, position_ids=position_ids)
+    pieces, _ = in_chunks(model, ids, new_cache(kind, model.config), mask=mask, position_ids=position_ids)
     for result in (whole, pieces):
         assert_close(result[:1], logits(model, long))
         assert_close(result[1:, 77:], logits(model, short))
@@ -257,7 +257,7 @@ def test_a_masked_token_is_read_by_none():
     actual = logits(model, changed, attention_mask=mask)
     real = mask[0] == 1
     assert_close(actual[:, real], expected[:, real])
-    pieces, _ = in_pieces(model, ids, None, (100, 60, 1, 39), mask=mask, position_ids=torch.arange(200)[None])
+    pieces, _ = in_chunks(model, ids, None, (100, 60, 1, 39), mask=mask, position_ids=torch.arange(200)[None])
     assert_close(pieces[:, real], expected[:, real])
 
 
@@ -267,7 +267,7 @@ def test_masks_may_go_on_beyond_the_keys():
     mask[1, :40] = 0
     expected = logits(model, ids, attention_mask=mask[:, :150])
     assert_close(logits(model, ids, attention_mask=mask), expected)
-    actual, _ = in_pieces(model, ids, None, (149,), mask=mask, position_ids=torch.arange(150)[None])
+    actual, _ = in_chunks(model, ids, None, (149,), mask=mask, position_ids=torch.arange(150)[None])
     with torch.no_grad():
         cache = model(ids[:, :149], attention_mask=mask[:, :149]).past_key_values
         last = model(ids[:, 149:], attention_mask=mask, past_key_values=cache).logits
@@ -380,11 +380,11 @@ def test_cross_attention_with_and_without_a_cache(attention_type, implementation
     source_mask[1, 250:] = 0
     how = {"encoder_hidden_states": source, "encoder_attention_mask": source_mask}
     expected = logits(model, ids, **how)
-    pieces, output = in_pieces(model, ids, None, (100, 1, 9, 40), **how)
+    pieces, output = in_chunks(model, ids, None, (100, 1, 9, 40), **how)
     assert_close(pieces, expected)
     assert isinstance(output.past_key_values, EncoderDecoderCache)
     assert output.past_key_values.cross_attention_cache.get_seq_length() == 300
-    plain, _ = in_pieces(model, ids, DynamicCache(), (100, 50), **how)
+    plain, _ = in_chunks(model, ids, DynamicCache(), (100, 50), **how)
     assert_close(plain, expected)
 
     source[1, 250:] = 7.0
@@ -425,7 +425,7 @@ def test_cross_attention_is_that_of_transformers_bert():
 def test_tuples_with_cross_attention():
     model, ids, source = decoder(add_cross_attention=True), random_ids(2, 130), torch.randn(2, 20, 32)
     expected = logits(model, ids, encoder_hidden_states=source)
-    pieces, output = in_pieces(model, ids, (), (120, 1, 9), encoder_hidden_states=source)
+    pieces, output = in_chunks(model, ids, (), (120, 1, 9), encoder_hidden_states=source)
     assert_close(pieces, expected)
     assert isinstance(output.past_key_values, tuple)
     with torch.no_grad():
@@ -508,7 +508,7 @@ def test_many_threads_decode_with_one_model():
     expected = [logits(model, ids) for ids in all_ids]
 
     def decode(index):
-        actual, _ = in_pieces(model, all_ids[index], None, (100, *[10] * (5 + 2 * index)))
+        actual, _ = in_chunks(model, all_ids[index], None, (100, *[10] * (5 + 2 * index)))
         if not torch.allclose(actual, expected[index], rtol=1e-4, atol=1e-4):
             wrong.append(index)
 

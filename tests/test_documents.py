@@ -58,12 +58,12 @@ def test_states_and_gradients(attention_type, is_decoder, training, engine):
         assert (grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-5
 
 
-@pytest.mark.parametrize("size", [1, 40 * 64 * 4, common.BYTES_AT_ONCE])
+@pytest.mark.parametrize("size", [1, 40 * 64 * 4, common.CHUNK_BYTES])
 def test_large_inputs_that_are_streamed(size, monkeypatch):
     model = make_model()
     with torch.no_grad():
         expected = alone(model)
-        monkeypatch.setattr(common, "BYTES_AT_ONCE", size)
+        monkeypatch.setattr(common, "CHUNK_BYTES", size)
         close(model(torch.cat(documents(), dim=1), position_ids=positions()).last_hidden_state, expected)
 
 
@@ -190,17 +190,30 @@ def test_positions_are_counted_anew():
 
 @pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
 def test_compiled(attention_type):
-    """Full attention in one graph; sparse attention says what it cannot know."""
+    """Full attention in one graph; sparse attention as it is."""
     torch._dynamo.reset()
     model, row = make_model(attention_type=attention_type), torch.cat(documents(), dim=1)
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    is_full = attention_type == "original_full"
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=is_full)
+    single = row[:, : model.config.max_position_embeddings]
+    places = torch.arange(single.shape[1])[None]
     with torch.no_grad():
-        if attention_type == "original_full":
-            close(compiled(row, position_ids=positions()).last_hidden_state, alone(model))
-        else:
-            with pytest.raises(RuntimeError, match="start anew"):
-                compiled(row, position_ids=positions())
+        close(compiled(row, position_ids=positions()).last_hidden_state, alone(model))
+        close(compiled(single, position_ids=places).last_hidden_state, model(single).last_hidden_state)
+        if is_full:
+            compiled = torch.compile(model, backend="aot_eager", dynamic=True)
         close(compiled(row, cu_seq_lens_q=cu_seq_lens()).last_hidden_state, alone(model))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
+def test_the_compiled_loss_of_a_head(attention_type):
+    torch._dynamo.reset()
+    model = make_model("BigBirdForCausalLM", is_decoder=True, attention_type=attention_type)
+    row = torch.cat(documents(), dim=1)
+    inputs = {"labels": row, "position_ids": positions()}
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(row, **inputs).loss, model(row, **inputs).loss)
     torch._dynamo.reset()
 
 

@@ -242,7 +242,7 @@ def test_what_takes_each_token_by_itself_is_done_in_pieces(monkeypatch, given, f
         expected = model(**inputs).last_hidden_state
         assert max(sizes) > 60
         sizes.clear()
-        monkeypatch.setattr(common, "BYTES_AT_ONCE", 60 * model.config.hidden_size * 4)
+        monkeypatch.setattr(common, "CHUNK_BYTES", 60 * model.config.hidden_size * 4)
         actual = model(**inputs).last_hidden_state
     assert max(sizes) <= 60
     torch.testing.assert_close(actual, expected)
@@ -253,7 +253,7 @@ def streamed(monkeypatch, model, inputs, blocks=4):
     layers, stream = set(), BigBirdLayer.stream
     monkeypatch.setattr(BigBirdLayer, "stream", lambda layer, *others: layers.add(layer) or stream(layer, *others))
     size = blocks * model.config.block_size * model.config.intermediate_size * 4
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", size)
+    monkeypatch.setattr(common, "CHUNK_BYTES", size)
     with torch.no_grad():
         output = model(**inputs)
     monkeypatch.undo()
@@ -405,7 +405,7 @@ def test_other_models_are_not_written_over(monkeypatch, fields, padded):
 
 @pytest.mark.parametrize("name", ["intermediate", "output", "output.dense", "attention.output.LayerNorm"])
 def test_modules_that_are_watched_are_called_once(monkeypatch, name):
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 1000)
     model, lengths = make_model().eval(), []
     layer = model.encoder.layer[1]
     layer.get_submodule(name).register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
@@ -650,7 +650,7 @@ def test_pruning_in_the_configuration_survives_saving(tmp_path):
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradient_checkpointing_gives_equal_gradients(monkeypatch, use_reentrant, length, padded):
     """With dropout, too, which must be drawn as it was: in pieces, it would not be."""
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", 2000)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 2000)
     inputs = padded_inputs(length) if padded else {"input_ids": random_ids(2, length)}
     gradients = []
     for checkpointing in (False, True):

@@ -131,7 +131,7 @@ def test_long_documents_are_streamed(monkeypatch):
     ids = random_ids(2, 301)
     mask = (torch.arange(301) < torch.tensor([[290], [170]])).long()
     expected, masked = definition(model, ids), states(model, ids, attention_mask=mask)
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", 40 * 64 * 4)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 40 * 64 * 4)
     assert_close(states(model, ids), expected)
     assert_close(states(model, ids, attention_mask=mask), masked)
 

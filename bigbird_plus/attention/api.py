@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .common import cut, pad_to_blocks
 from .engines import Call, Choice, choose_engine, engine_names, is_engine
-from .masks import NO_MASK, global_mask, key_mask_of, padding_mask
+from .masks import NO_MASK, as_global_mask, key_mask_of, padding_mask
 from .parts import FullPart, Tokens, whole_batch
 from .pattern import Sparsity
 
@@ -84,7 +84,7 @@ def block_sparse_attention(
     )
     layer = _Layer(layer_idx, list(range(heads)), head_dim**-0.5 if scaling is None else scaling, training)
     mask = padding_mask(attention_mask, batch, length)
-    chosen = global_mask(global_attention_mask, batch, length)
+    selected = as_global_mask(global_attention_mask, batch, length)
     implementation = implementation or "sdpa"
     if length <= sparsity.full_attention_length:
         name = "sdpa" if is_engine(implementation) else implementation
@@ -93,7 +93,7 @@ def block_sparse_attention(
         return context if probabilities is None else (context, probabilities)
     tokens = Tokens(batch, torch.arange(length, device=query.device), query.dtype)
     choose = partial(_choose, implementation, query, key, value, block_size)
-    part = whole_batch(sparsity, mask, tokens, choose, chosen=chosen)
+    part = whole_batch(sparsity, mask, tokens, choose, global_mask=selected)
     query, key, value = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
     context, probabilities = part.attend(layer, query, key, value, output_attentions)
     context = cut(context, length, 2)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-BYTES_AT_ONCE = 16 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """How much is computed at once on a CPU. malloc keeps memory for its next use, but gives large pieces (glibc: over 32
 MiB, or several that become free together) back to the system, which clears each page before it lends it again: that
 takes longer than to write to it. Pieces of half that size use the same memory over and over."""
@@ -105,12 +105,12 @@ def merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_lse: Tensor)
     return output.lerp_(other, share.to(output.dtype)), log_sum_exp
 
 
-def pieces_at_once(size: int) -> int:
+def per_chunk(size: int) -> int:
     """How many pieces of `size` bytes each are done at once, at least one."""
-    return max(1, BYTES_AT_ONCE // max(1, size))
+    return max(1, CHUNK_BYTES // max(1, size))
 
 
-def runs(start: int, stop: int, size: int) -> list[range]:
+def chunks(start: int, stop: int, size: int) -> list[range]:
     """`range(start, stop)` in as few ranges of at most `size` as there can be, all of about one size."""
     count = -(-(stop - start) // size)
     bounds = [start + (stop - start) * index // count for index in range(count)] + [stop]

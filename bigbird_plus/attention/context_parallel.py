@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .block_lists import blocks_of
-from .common import additive_mask, causal_mask, count_blocks, merge, pad_to_blocks, pieces_at_once, runs, score_dtype
+from .common import additive_mask, causal_mask, chunks, count_blocks, merge, pad_to_blocks, per_chunk, score_dtype
 from .engines import Engine
 from .global_tokens import GlobalTokens
 from .pattern import BlockPattern
@@ -423,8 +423,8 @@ class _Part(torch.autograd.Function):
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float) -> Iterator[tuple[Tensor, slice]]:
     """The scores of some keys after others, so many at once that little memory is taken."""
     dtype, count = score_dtype(query), key.shape[2]
-    size = pieces_at_once(query[..., 0].numel() * dtype.itemsize)
-    for run in runs(0, count, size):
+    size = per_chunk(query[..., 0].numel() * dtype.itemsize)
+    for run in chunks(0, count, size):
         keys = slice(run.start, run.stop)
         scores = (query @ key[:, :, keys].transpose(-1, -2)).to(dtype) * scaling
         yield scores if bias is None else scores + bias[..., keys], keys

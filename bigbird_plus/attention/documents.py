@@ -6,6 +6,7 @@ document (`position_ids`), or besides by what flash attention takes: the places 
 (`seq_idx`). Any of them is enough, but for the longest document.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypedDict
@@ -13,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .common import is_tracing
+from .common import is_exporting, is_tracing
 
 
 class Flattened(TypedDict, total=False):
@@ -33,13 +34,21 @@ class Flattened(TypedDict, total=False):
 
 
 def uncompiled_for_documents(forward: Callable) -> Callable:
-    """A model's `forward` that `torch.compile` leaves as it is where it is told of several documents: how many there
-    are, and how long, would make a graph of its own each time."""
+    """A model's `forward` that `torch.compile` leaves as it is where rows hold several documents: how many there are,
+    and how long, would make a graph of its own each time. For that positions are looked at between two graphs, unless
+    all that is read is read in full by a model without a head: a mask says enough then."""
+    place = list(inspect.signature(forward).parameters).index("position_ids")
 
     @wraps(forward)
     def forward_of_graphs(*args, **kwargs):
-        names = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-        if torch.compiler.is_compiling() and any(kwargs.get(name) is not None for name in names):
+        if not torch.compiler.is_compiling() or is_exporting():
+            return forward(*args, **kwargs)
+        if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")):
+            return _as_it_is(forward, *args, **kwargs)
+        position_ids = args[place] if len(args) > place else kwargs.get("position_ids")
+        has_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+        needs_values = not has_cache and getattr(args[0], "attention_type", None) != "original_full"
+        if needs_values and position_ids is not None and _start_anew(position_ids):
             return _as_it_is(forward, *args, **kwargs)
         return forward(*args, **kwargs)
 
@@ -49,6 +58,11 @@ def uncompiled_for_documents(forward: Callable) -> Callable:
 @torch.compiler.disable
 def _as_it_is(forward, *args, **kwargs):
     return forward(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _start_anew(position_ids: Tensor) -> bool:
+    return holds_documents(position_ids.flatten(0, -2), None)
 
 
 def document_positions(

@@ -41,9 +41,9 @@ def attend(
         scores that all are the least number.
     """
     name = function_name(implementation, query.device, module.dropout_prob)
-    how = {"scaling": module.scaling, "dropout": module.dropout_prob}
+    kwargs = {"scaling": module.scaling, "dropout": module.dropout_prob}
     if name == "eager":
-        context, probabilities = reference.dense_attention(query, key, value, mask.added, **how)
+        context, probabilities = reference.dense_attention(query, key, value, mask.added, **kwargs)
         return context, probabilities if output_attentions else None
     added, reads_nothing = mask
     if reads_nothing is not None and added is not None:
@@ -54,7 +54,7 @@ def attend(
         added = added.to(query.dtype)
     if name == "flex_attention" and added is not None:
         added = added.expand(query.shape[0], -1, query.shape[2], -1)
-    context = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, added, **how)[0].transpose(1, 2)
+    context = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, added, **kwargs)[0].transpose(1, 2)
     if reads_nothing is not None:
         context = torch.where(reads_nothing, _mean_of_values(query, key, value, module.scaling), context)
     if not output_attentions:

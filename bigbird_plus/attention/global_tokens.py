@@ -13,7 +13,7 @@ from .pattern import BlockPattern
 class GlobalTokens(NamedTuple):
     """The global tokens of a batch, besides those of a pattern's global blocks.
 
-    A chosen token reads every token once. Any other token reads it as often as the pattern says, and once if the
+    A global token reads every token once. Any other token reads it as often as the pattern says, and once if the
     pattern says never.
 
     Attributes:
@@ -76,26 +76,28 @@ def with_middle_blocks(tokens: GlobalTokens | None, pattern: BlockPattern, batch
     return tokens.with_blocks(pattern.middle_blocks, pattern.block_size)
 
 
-def find_global_tokens(chosen: Tensor | None, num_extra: int, batch: int, length: int, device) -> GlobalTokens | None:
+def find_global_tokens(
+    global_mask: Tensor | None, num_extra: int, batch: int, length: int, device
+) -> GlobalTokens | None:
     """The global tokens of an input, None if there are none.
 
     Args:
-        chosen: `bool`, `[batch, up to length]`: which tokens are global; None for none.
+        global_mask: `bool`, `[batch, up to length]`: which tokens are global; None for none.
         num_extra: extra tokens behind the blocks of the input.
         length: tokens in the blocks of the input.
 
     Raises:
-        ValueError: if a graph is being traced: how many tokens are chosen must be known.
+        ValueError: if a graph is being traced: how many tokens are global must be known.
     """
     extra = torch.arange(length, length + num_extra, device=device).expand(batch, -1)
-    if chosen is not None and is_tracing():
+    if global_mask is not None and is_tracing():
         raise ValueError(
             "global_attention_mask cannot be used under torch.compile, torch.export or torch.jit.trace, where the "
             "number of tokens that it chooses is not known. Leave it out, or run the model as it is."
         )
-    most = 0 if chosen is None else int(chosen.sum(-1).max())
-    if chosen is None or not most:
+    most = 0 if global_mask is None else int(global_mask.sum(-1).max())
+    if global_mask is None or not most:
         return GlobalTokens(extra, None, num_extra) if num_extra else None
-    places = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
-    is_token = torch.cat((chosen.gather(1, places), torch.ones_like(extra, dtype=torch.bool)), dim=1)
+    places = global_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    is_token = torch.cat((global_mask.gather(1, places), torch.ones_like(extra, dtype=torch.bool)), dim=1)
     return GlobalTokens(torch.cat((places, extra), dim=1), is_token, num_extra)

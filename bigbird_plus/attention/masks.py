@@ -21,7 +21,7 @@ def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tens
     return None if may_read_values(mask) and mask.all() else mask
 
 
-def global_mask(global_attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+def as_global_mask(global_attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """A user's `[batch, length]` choice of global tokens as `bool`, or None for none.
 
     Raises:

@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     """What a call brings.
 
     batch: sequences.
-    places: `int64`, `[length]`: places of the tokens among the keys.
+    cache_position: `int64`, `[length]`: places of the tokens among the keys.
     dtype: what hidden states consist of.
     attention_mask, global_attention_mask, position_ids: as the user gave them.
     past: how many tokens a cache already holds.
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
     """
 
     batch: int
-    places: Tensor
+    cache_position: Tensor
     dtype: torch.dtype
     attention_mask: Tensor | None = None
     global_attention_mask: Tensor | None = None
@@ -41,12 +41,12 @@ class Tokens(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of each sequence."""
-        return self.places.shape[0]
+        return self.cache_position.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where everything is."""
-        return self.places.device
+        return self.cache_position.device
 
     @property
     def has_cache(self) -> bool:
@@ -90,8 +90,8 @@ class FullPart(Part):
 
     def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
         """See `Plan.attend`."""
-        how = {"implementation": self.implementation, "output_attentions": output_attentions}
-        return full.attend(module, query, key, value, self.mask, **how)
+        kwargs = {"implementation": self.implementation, "output_attentions": output_attentions}
+        return full.attend(module, query, key, value, self.mask, **kwargs)
 
     def some(self, documents: slice) -> "FullPart":
         mask = FullMask(*(t if t is None or t.shape[0] == 1 else t[documents] for t in self.mask))
@@ -191,8 +191,8 @@ class DecoderPart(Part):
         key_mask = self.key_mask
         if key_mask is not None:
             key_mask = nn.functional.pad(key_mask, (0, key.shape[2] - self.num_keys))
-        how = {"places": self.piece.positions, "offset": self.piece.offset, "key_mask": key_mask}
-        return reference.causal_attention(query, key, value, pattern, **how, scaling=scaling)
+        kwargs = {"places": self.piece.positions, "offset": self.piece.offset, "key_mask": key_mask}
+        return reference.causal_attention(query, key, value, pattern, **kwargs, scaling=scaling)
 
     def _from_start(self, query, key, value, pattern, scaling):
         """Engines count blocks from the first place, so left padding is moved behind the tokens, and back. There no
@@ -225,11 +225,11 @@ AnyPart = FullPart | SparsePart | DecoderPart
 
 
 def whole_batch(
-    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, choose, *, chosen: Tensor | None, num_extra: int = 0
+    sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, choose, *, global_mask: Tensor | None, num_extra: int = 0
 ) -> SparsePart:
-    """The part that is a batch as it came: of `mask` (`bool`, or None for all) are real and `chosen` (`bool`, or None
-    for none) global, with so many extra global tokens behind the last block. `choose` is told whether there are global
-    tokens, and chooses the engine."""
+    """The part that is a batch as it came: tokens of `mask` (`bool`, or None for all) are real and those of
+    `global_mask` (`bool`, or None for none) global, with so many extra global tokens behind the last block. `choose`
+    is told whether there are global tokens, and chooses the engine."""
     block_size, batch, length = sparsity.block_size, tokens.batch, tokens.length
     num_blocks = count_blocks(length, block_size)
     if mask is None and (is_tracing() or length % block_size):
@@ -238,9 +238,9 @@ def whole_batch(
         mask is not None and is_exporting()
     ):  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
         mask = mask & (torch.arange(length, device=tokens.device)[sparsity.full_attention_length] > 0)
-    if chosen is not None and mask is not None:
-        chosen = chosen & mask
-    found = find_global_tokens(chosen, num_extra, batch, num_blocks * block_size, tokens.device)
+    if global_mask is not None and mask is not None:
+        global_mask = global_mask & mask
+    found = find_global_tokens(global_mask, num_extra, batch, num_blocks * block_size, tokens.device)
     if mask is not None:
         mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)
     choice = choose(found is not None)
@@ -249,7 +249,7 @@ def whole_batch(
 
 def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderPart:
     """The part that is a decoder's batch, read sparsely."""
-    queries, block_size, past, places = tokens.length, sparsity.block_size, tokens.past, tokens.places
+    queries, block_size, past, places = tokens.length, sparsity.block_size, tokens.past, tokens.cache_position
     keys = queries if tokens.keys is None else tokens.keys
     mask = masks.decoder_key_mask(
         tokens.attention_mask, batch=tokens.batch, query_positions=places, past=past, keys=keys

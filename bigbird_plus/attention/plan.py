@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import masks
-from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks, runs
-from .documents import document_starts, first_tokens, same_document_mask
+from .common import chunks, count_blocks, cut, is_tracing, may_read_values, pad_to_blocks
+from .documents import first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask
@@ -98,7 +98,7 @@ class Plan:
     choice: the engine of sparse attention; None if nothing is read sparsely.
     block_size: what the length is filled up to a multiple of.
     num_extra: extra global tokens of each document, which stand behind its tokens, or behind those of a packed row.
-    kept: `bool`, `[batch, length]`: whose states are returned, the others being zero; None for all.
+    computed: `bool`, `[batch, length]`: whose states are returned, the others being zero; None for all.
     packing: None if the batch is not packed.
     row: the packed row, if the engine takes it in one go.
     rotation: of queries and keys, in the layout of the plan; None for models without rotary positions.
@@ -111,7 +111,7 @@ class Plan:
     choice: Choice | None = None
     block_size: int = 1
     num_extra: int = 0
-    kept: Tensor | None = None
+    computed: Tensor | None = None
     packing: Packing | None = None
     row: Row | None = None
     rotation: Rotation | None = None
@@ -147,14 +147,14 @@ class Plan:
         return replace(self, rotation=make_rotation(config, positions))
 
     def leave(self, states: Tensor) -> Tensor:
-        """The reverse, with zeros for what is not kept, and without the extra tokens."""
+        """The reverse, with zeros for what is not computed, and without the extra tokens."""
         if self.packing is not None:
             padded = states.new_zeros(self.batch * self.length, *states.shape[2:])
             is_real, sources = self.packing.is_real, self.packing.sources
             padded = padded.index_put((sources[is_real],), states[0, : len(sources)][is_real])
             return padded.unflatten(0, (self.batch, self.length))
         states = cut(states, self.length, 1)
-        return states if self.kept is None else states.masked_fill(~self.kept[..., None], 0)
+        return states if self.computed is None else states.masked_fill(~self.computed[..., None], 0)
 
     def leave_probabilities(self, probabilities: Tensor) -> Tensor:
         """`[batch, heads, queries, keys]` without the rows and columns of what is no token of the input."""
@@ -232,11 +232,11 @@ class Plan:
         has_global_tokens = any(getattr(part, "global_tokens", None) is not None for part in self.parts)
         return self.choice.name == "merged" and kinds_fit and not has_global_tokens
 
-    def shares(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
+    def chunks(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
         """Views of `states`, in the layout of the plan, that hold documents of up to `size` tokens together or a
         longer one, each with the plan of its own."""
         if self.packing is None:
-            for some in runs(0, self.batch, max(1, size // states.shape[1])):
+            for some in chunks(0, self.batch, max(1, size // states.shape[1])):
                 documents = slice(some.start, some.stop)
                 own = (self.parts[0].some(documents),)
                 rotation = self.rotation and self.rotation.of_documents(documents)
@@ -252,7 +252,7 @@ class Plan:
         """Neighbouring parts, cut where they are too large, of up to `size` tokens together or of one document."""
         gathered: list[AnyPart] = []
         for part in self.parts:
-            for some in runs(0, part.documents, max(1, size // part.size)):
+            for some in chunks(0, part.documents, max(1, size // part.size)):
                 piece = part.some(slice(some.start, some.stop))
                 if gathered and piece.end - gathered[0].start > size:
                     yield gathered
@@ -281,12 +281,26 @@ class _Reader(NamedTuple):
     sparsity: Sparsity
     tokens: Tokens
     reads_sparsely: bool
-    chosen: Tensor | None
+    global_mask: Tensor | None
 
     @property
     def implementation(self) -> str:
         """The name of the attention function for what is read in full."""
         return full_implementation(self.config)
+
+    def full_mask(self, attention_mask, query_positions: Tensor, *, batch: int, keys: int, past=0) -> FullMask:
+        """See `masks.full_attention_mask`."""
+        return masks.full_attention_mask(
+            attention_mask,
+            batch=batch,
+            heads=self.config.num_attention_heads,
+            query_positions=query_positions,
+            past=past,
+            keys=keys,
+            is_causal=self.config.is_decoder,
+            dtype=self.tokens.dtype,
+            implementation=self.implementation,
+        )
 
     def choose_engine(self, has_global_tokens: bool) -> Choice:
         """The engine for what is read sparsely."""
@@ -333,23 +347,21 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     keys = tokens.length if tokens.keys is None else tokens.keys
     reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
     reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
-    kept = _kept(reader, keeps)
-    spans, per_document = _find_documents(reader, kept) if packs else ([], False)
+    computed = _computed(reader, keeps)
+    spans, per_document = _find_documents(reader, computed) if packs else ([], False)
     if spans:
         return _packed_plan(reader, spans, per_document)
     _check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
-    shape["positions"] = tokens.places[None] if tokens.position_ids is None else tokens.position_ids
-    if reads_sparsely and torch.compiler.is_compiling() and not is_exporting():
-        _refuse_documents(tokens)
+    shape["positions"] = tokens.cache_position[None] if tokens.position_ids is None else tokens.position_ids
     if not reads_sparsely:
         full = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
-        return Plan((full,), **shape, kept=kept)
+        return Plan((full,), **shape, computed=computed)
     if config.is_decoder:
         choice = reader.choose_engine(has_global_tokens=False)
         return Plan((decoder_part(sparsity, tokens, choice),), **shape, choice=choice)
     part = _sparse_part(reader)
-    return Plan((part,), **shape, choice=part.choice, block_size=config.block_size, kept=kept)
+    return Plan((part,), **shape, choice=part.choice, block_size=config.block_size, computed=computed)
 
 
 def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
@@ -358,7 +370,7 @@ def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
             "global_attention_mask is for encoders: in a decoder (is_decoder=True) a token that is read by all would "
             "be read by earlier ones. Leave it out."
         )
-    return masks.global_mask(tokens.global_attention_mask, tokens.batch, tokens.length)
+    return masks.as_global_mask(tokens.global_attention_mask, tokens.batch, tokens.length)
 
 
 def _check_length(config, tokens: Tokens, length: int) -> None:
@@ -377,19 +389,7 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
         )
 
 
-def _refuse_documents(tokens: Tokens) -> None:
-    """Lets a compiled graph, which cannot know how many documents there are, stop at rows of several."""
-    if tokens.position_ids is not None and tokens.attention_mask is None and not tokens.has_cache:
-        starts = document_starts(tokens.position_ids) & (tokens.position_ids == 0)
-        torch._assert_async(
-            ~starts.any(),
-            "position_ids start anew within a row, as those of several documents do. Under torch.compile, "
-            "block-sparse attention does not know how many there are: give cu_seq_lens_q, too, or run the model as it "
-            "is.",
-        )
-
-
-def _kept(reader: _Reader, keeps: str) -> Tensor | None:
+def _computed(reader: _Reader, keeps: str) -> Tensor | None:
     """`bool`, `[batch, length]`: whose states are returned; None for all."""
     config, tokens = reader.config, reader.tokens
     keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
@@ -405,30 +405,20 @@ def _kept(reader: _Reader, keeps: str) -> Tensor | None:
 
 def _full_mask(reader: _Reader) -> FullMask:
     """The mask of a batch that is read in full as it came."""
-    config, tokens, num_extra = reader.config, reader.tokens, reader.config.num_extra_global_tokens
+    tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
     attention_mask, keys = tokens.attention_mask, tokens.length if tokens.keys is None else tokens.keys
     if is_tracing() and not tokens.has_cache and attention_mask is None and tokens.position_ids is not None:
         attention_mask = same_document_mask(tokens.position_ids.expand(tokens.batch, -1))
-    places = tokens.places
+    places = tokens.cache_position
     if num_extra:
         attention_mask = masks.with_extra_tokens(attention_mask, num_extra)
         places = torch.arange(tokens.length + num_extra, device=tokens.device)
-    return masks.full_attention_mask(
-        attention_mask,
-        batch=tokens.batch,
-        heads=config.num_attention_heads,
-        query_positions=places,
-        past=tokens.past,
-        keys=keys + num_extra,
-        is_causal=config.is_decoder,
-        dtype=tokens.dtype,
-        implementation=reader.implementation,
-    )
+    return reader.full_mask(attention_mask, places, batch=tokens.batch, keys=keys + num_extra, past=tokens.past)
 
 
 def _sparse_part(reader: _Reader) -> SparsePart:
     """A batch that is read sparsely as it came."""
-    config, sparsity, tokens, chosen = reader.config, reader.sparsity, reader.tokens, reader.chosen
+    config, sparsity, tokens, global_mask = reader.config, reader.sparsity, reader.tokens, reader.global_mask
     if tokens.attention_mask is not None and tokens.attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask has the shape {list(tokens.attention_mask.shape)}, but block-sparse attention takes "
@@ -436,7 +426,7 @@ def _sparse_part(reader: _Reader) -> SparsePart:
         )
     mask = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
     num_extra = config.num_extra_global_tokens
-    return whole_batch(sparsity, mask, tokens, reader.choose_engine, chosen=chosen, num_extra=num_extra)
+    return whole_batch(sparsity, mask, tokens, reader.choose_engine, global_mask=global_mask, num_extra=num_extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,7 +434,7 @@ def _sparse_part(reader: _Reader) -> SparsePart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_documents(reader: _Reader, kept: Tensor | None) -> tuple[list[Span], bool]:
+def _find_documents(reader: _Reader, computed: Tensor | None) -> tuple[list[Span], bool]:
     """The documents to pack, none if packing would save nothing and change nothing; and whether each is read as it is
     alone: counted from its first real token, with a pattern of its own, or in full where it is short enough."""
     config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
@@ -453,7 +443,7 @@ def _find_documents(reader: _Reader, kept: Tensor | None) -> tuple[list[Span], b
     if tokens.has_documents and tokens.position_ids is not None:
         documents = _documents_of_positions(tokens.position_ids, tokens.batch, tokens.length)
         return _spans(reader, documents, own_patterns=True), True
-    if kept is None or tokens.attention_mask is None or (kept & (tokens.attention_mask == 0)).any():
+    if computed is None or tokens.attention_mask is None or (computed & (tokens.attention_mask == 0)).any():
         return [], False
     per_document = config.pattern_per_document
     real = (tokens.attention_mask != 0).cpu()
@@ -503,17 +493,17 @@ def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan
     tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
     _check_length(reader.config, tokens, max(span.length for span in spans) if per_document else tokens.length)
     packing = _pack(spans, tokens)
-    chosen = None
-    if reader.chosen is not None:
-        chosen = reader.chosen.flatten()[packing.sources] & packing.is_real
+    global_mask = None
+    if reader.global_mask is not None:
+        global_mask = reader.global_mask.flatten()[packing.sources] & packing.is_real
     alike = [list(group) for _, group in groupby(spans, key=lambda span: span.kind)]
-    has_global_tokens = num_extra > 0 or (chosen is not None and bool(chosen.any()))
+    has_global_tokens = num_extra > 0 or (global_mask is not None and bool(global_mask.any()))
     is_sparse_anywhere = any(span.num_blocks is not None for span in spans)
     choice = reader.choose_engine(has_global_tokens) if is_sparse_anywhere else None
     parts, start = [], 0
     for group in alike:
         parts.append(
-            _packed_part(reader, group, Part(start, group[0].size, len(group)), packing.is_real, chosen, choice)
+            _packed_part(reader, group, Part(start, group[0].size, len(group)), packing.is_real, global_mask, choice)
         )
         start = parts[-1].end
     return Plan(
@@ -559,7 +549,9 @@ def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor
     return (positions - first.to(tokens.device)).clamp(0, last)  # padding gets any
 
 
-def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chosen, choice) -> FullPart | SparsePart:
+def _packed_part(
+    reader: _Reader, spans: list[Span], place: Part, is_real, global_mask, choice
+) -> FullPart | SparsePart:
     """The part of documents that are alike."""
     config, num_extra, tokens = reader.config, reader.config.num_extra_global_tokens, reader.tokens
     span, where = spans[0], {"start": place.start, "size": place.size, "documents": place.documents}
@@ -569,20 +561,10 @@ def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chose
         key_mask = nn.functional.pad(key_mask, (0, num_extra), value=True)
     if span.num_blocks is None:
         places = torch.arange(place.size + num_extra, device=tokens.device)
-        mask = masks.full_attention_mask(
-            key_mask,
-            batch=place.documents,
-            heads=config.num_attention_heads,
-            query_positions=places,
-            past=0,
-            keys=len(places),
-            is_causal=config.is_decoder,
-            dtype=tokens.dtype,
-            implementation=reader.implementation,
-        )
+        mask = reader.full_mask(key_mask, places, batch=place.documents, keys=len(places))
         return FullPart(**where, mask=mask, implementation=reader.implementation)
-    if chosen is not None:
-        chosen = chosen[place.start : place.end].view(place.documents, place.size)
+    if global_mask is not None:
+        global_mask = global_mask[place.start : place.end].view(place.documents, place.size)
     return SparsePart(
         **where,
         sparsity=reader.sparsity,
@@ -591,7 +573,7 @@ def _packed_part(reader: _Reader, spans: list[Span], place: Part, is_real, chose
         first_block=span.first_block,
         is_causal=config.is_decoder,
         key_mask=key_mask,
-        global_tokens=find_global_tokens(chosen, num_extra, place.documents, place.size, tokens.device),
+        global_tokens=find_global_tokens(global_mask, num_extra, place.documents, place.size, tokens.device),
     )
 
 

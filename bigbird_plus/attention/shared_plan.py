@@ -45,7 +45,7 @@ class SharedPlan(Plan):
 
     def leave(self, states: Tensor) -> Tensor:
         states = cut(states, self.own.stop - self.own.start, 1)
-        return states if self.kept is None else states.masked_fill(~self.kept[:, self.own, None], 0)
+        return states if self.computed is None else states.masked_fill(~self.computed[:, self.own, None], 0)
 
     def first_states(self, states: Tensor) -> Tensor:
         return self.reading.processes.share_first(states.transpose(0, 1)).transpose(0, 1)

@@ -208,7 +208,7 @@ def test_a_pass_from_the_start(case):
 
     for engine in (flash_cpu, reference, gather):
         check(engine=engine)
-    with mock.patch.object(common, "BYTES_AT_ONCE", 1):
+    with mock.patch.object(common, "CHUNK_BYTES", 1):
         check()
 
 

@@ -36,7 +36,7 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
         "extra": others.get("extra", 0),
         "chosen": others.get("chosen", 0),
         "seed": others.get("seed", 0),
-        "at_once": others.get("at_once", common.BYTES_AT_ONCE),
+        "at_once": others.get("at_once", common.CHUNK_BYTES),
     }
 
 
@@ -60,7 +60,7 @@ def cases(draw):
         training=draw(st.booleans()),
         padding=draw(st.sampled_from(["none", "right", "left", "anywhere", "everything"])),
         seed=draw(st.integers(0, 99)),
-        at_once=draw(st.sampled_from([common.BYTES_AT_ONCE, 10_000, 1])),
+        at_once=draw(st.sampled_from([common.CHUNK_BYTES, 10_000, 1])),
     )
 
 
@@ -108,7 +108,7 @@ def check_against_definition(case, dtype, *, engine):
     arguments = (case["pattern"], mask, weight, tokens)
     exact = run(reference.forward, tensors, torch.float64, *arguments)
     definition = run(reference.forward, tensors, dtype, *arguments)
-    with mock.patch.object(common, "BYTES_AT_ONCE", case["at_once"]):
+    with mock.patch.object(common, "CHUNK_BYTES", case["at_once"]):
         actual = run(engine.forward, tensors, dtype, *arguments)
     for name, a, b, c in zip(("output", "query", "key", "value"), exact, definition, actual, strict=True):
         size = a.abs().max().clamp(min=1)

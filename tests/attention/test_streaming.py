@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigbird_plus import Sparsity
-from bigbird_plus.attention.common import runs
+from bigbird_plus.attention.common import chunks
 from bigbird_plus.attention.impl import reference
 from bigbird_plus.attention.impl.flash_cpu import Stream, is_streamable
 
@@ -39,7 +39,7 @@ def stream(query, key, value, pattern, key_mask, *, size, scaling):
     attention = Stream(pattern, *outer, key_mask, scaling=scaling)
     context = torch.empty_like(query)
     most_kept = 0
-    for rows in runs(pattern.first_row, pattern.last_row, size):
+    for rows in chunks(pattern.first_row, pattern.last_row, size):
         blocks = attention.blocks_before(rows)
         if blocks:
             places = attention.tokens(blocks)

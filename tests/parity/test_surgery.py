@@ -109,7 +109,7 @@ class Doubled(nn.Module):
 @pytest.fixture
 def streams(monkeypatch):
     """In inference, layers read so few tokens at a time that they would write over their input."""
-    monkeypatch.setattr(common, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.usefixtures("streams")

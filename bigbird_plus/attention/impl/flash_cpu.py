@@ -23,11 +23,11 @@ from ..common import (
     additive_mask,
     attention_dtype,
     causal_mask,
+    chunks,
     is_exporting,
     is_transformed,
     merge,
-    pieces_at_once,
-    runs,
+    per_chunk,
     score_dtype,
 )
 from ..global_tokens import GlobalTokens, with_middle_blocks
@@ -71,7 +71,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     log_sum_exp = torch.empty(query.shape[:-1], dtype=score_dtype(query))
     bias, tokens = _bias_and_tokens(query, reading)
-    for documents, groups in _shares(query, reading.pattern, tokens):
+    for documents, groups in _chunks(query, reading.pattern, tokens):
         inputs = _of(documents, query, key, value, dtype=attention_dtype(query)) + _of(documents, bias)
         written = _of(documents, output, log_sum_exp)
         for parts in groups:
@@ -88,12 +88,12 @@ def gradients(
     grads[1:] = 0
     bias, tokens = _bias_and_tokens(query, reading)
     elsewhere = _outside_of_global_tokens(log_sum_exp, tokens)
-    for documents, groups in _shares(query, reading.pattern, tokens):
+    for documents, groups in _chunks(query, reading.pattern, tokens):
         inputs = _of(documents, grad, query, key, value, dtype=dtype) + _of(documents, bias)
         inputs += _of(documents, output, dtype=dtype)
         for parts in groups:
             lse = log_sum_exp if isinstance(parts[0], _GlobalTokensPart) else elsewhere
-            _add_gradients(parts, reading.scaling, _of(documents, *grads), lse[documents], *inputs)
+            _add_gradients(parts, reading.scaling, _of(documents, *grads), lse[documents], inputs)
     return grads.to(query.dtype)
 
 
@@ -347,7 +347,7 @@ def _sparse_groups(pattern: BlockPattern, query: Tensor, rows: range, size: int)
             lists = list_blocks(pattern, ends.start, ends.stop, query.device, dtype)
             yield [_GatheredPart(pattern, ends, lists, batch)]
     own_block = _causal_bias(pattern, dtype) if pattern.is_causal else None
-    for some in runs(inner.start, inner.stop, size):
+    for some in chunks(inner.start, inner.stop, size):
         parts: Group = [_WindowPart(pattern, some, batch, own_block)]
         if pattern.outer_blocks:
             where = slice(some.start, some.stop)
@@ -372,13 +372,13 @@ def _outer_log_counts(pattern: BlockPattern, dtype: torch.dtype) -> Tensor | Non
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _shares(query: Tensor, pattern: BlockPattern, tokens: GlobalTokens | None):
+def _chunks(query: Tensor, pattern: BlockPattern, tokens: GlobalTokens | None):
     """What is done at once, so that the memory that it takes is used again for the next: as slices of the documents of
     the batch, with the `_row_groups` of each. The global tokens come last: what they read as members of their blocks
     does not count."""
     batch, _, heads, dim = query.shape
-    size = pieces_at_once(pattern.window * pattern.block_size * heads * dim * query.element_size())
-    for share in runs(0, batch, max(1, size // pattern.num_blocks)):
+    size = per_chunk(pattern.window * pattern.block_size * heads * dim * query.element_size())
+    for share in chunks(0, batch, max(1, size // pattern.num_blocks)):
         documents = slice(share.start, share.stop)
         own = None if tokens is None else tokens.of_documents(documents)
         groups = _row_groups(pattern, query[documents], own, size)
@@ -422,9 +422,10 @@ def _attend_to(part: _DensePart, scaling: float, query, key, value, bias) -> tup
     return part.to_rows(output), part.to_rows(log_sum_exp.unsqueeze(-1))
 
 
-def _add_gradients(parts, scaling, grads, log_sum_exp, grad_output, query, key, value, bias, output) -> None:
+def _add_gradients(parts, scaling, grads, log_sum_exp, inputs) -> None:
     """What comes to queries, keys and values through a group of rows: written to the first of `grads`, added to the
-    others."""
+    others. `inputs` are the gradient of the output, queries, keys, values, what is added to scores, and the output."""
+    grad_output, query, key, value, bias, output = inputs
     grad_query, grad_key, grad_value = grads
     grad_rows = None
     for part in parts:

@@ -45,8 +45,8 @@ class WalkLists(NamedTuple):
 def make_lists(pattern: BlockPattern, segments: int, device: torch.device) -> tuple[WalkLists, WalkLists]:
     """What blocks read, and what they are read by. Made once for a pattern, as long as a bounded cache holds it."""
     head, row, block, count = _count_readings(pattern)
-    how = {"pattern": pattern, "segments": segments, "device": device}
-    return _as_lists(head, row, block, count, **how), _as_lists(head, block, row, count, **how)
+    kwargs = {"pattern": pattern, "segments": segments, "device": device}
+    return _as_lists(head, row, block, count, **kwargs), _as_lists(head, block, row, count, **kwargs)
 
 
 def _count_readings(pattern: BlockPattern) -> tuple[np.ndarray, ...]:
