@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention.common import is_tracing, is_transformed, pieces_at_once, runs
+from .attention.common import chunks, is_tracing, is_transformed, per_chunk
 
 
 class Int8Linear(nn.Module):
@@ -87,7 +87,7 @@ class Int8Linear(nn.Module):
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.float()
         rows = states.reshape(-1, self.in_features)
         result = states.new_empty(len(rows), self.out_features)
-        for piece in runs(0, len(rows), pieces_at_once(_COPIES * (self.in_features + self.out_features))):
+        for piece in chunks(0, len(rows), per_chunk(_COPIES * (self.in_features + self.out_features))):
             where = slice(piece.start, piece.stop)
             levels, step, lowest = _quantized(rows[where].float())
             product = _product(levels, packed, scale)

@@ -108,7 +108,7 @@ def test_streamed_layers(monkeypatch):
     ids = random_ids(1, 120)
     with torch.no_grad():
         whole = model(ids).last_hidden_state
-        monkeypatch.setattr(common, "BYTES_AT_ONCE", 4096)
+        monkeypatch.setattr(common, "CHUNK_BYTES", 4096)
         assert torch.allclose(model(ids).last_hidden_state, whole, atol=1e-2)
 
 
