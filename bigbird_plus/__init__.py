@@ -31,6 +31,7 @@ from .modeling_heads import (
 )
 from .parallel import context_parallel
 from .pipelines import ExtractiveQuestionAnsweringPipeline, SummarizationPipeline
+from .quantization import BigBirdInt8Config, quantize
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -51,6 +52,7 @@ __all__ = [
     "BigBirdForQuestionAnsweringModelOutput",
     "BigBirdForSequenceClassification",
     "BigBirdForTokenClassification",
+    "BigBirdInt8Config",
     "BigBirdModel",
     "BigBirdPegasusForConditionalGeneration",
     "BigBirdPegasusForQuestionAnswering",
@@ -70,6 +72,7 @@ __all__ = [
     "convert_checkpoint",
     "demo_checkpoint",
     "plot_attention",
+    "quantize",
     "register",
     "register_engine",
     "replace_builtin",

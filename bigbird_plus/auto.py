@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto import configuration_auto, tokenization_auto
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.quantizers import auto as quantizers
 
 from . import configuration_big_bird, modeling_big_bird, modeling_bigbird_pegasus, modeling_heads
 from .attention.engines import AUTOMATIC, name_to_transformers
@@ -42,6 +43,7 @@ from .modeling_heads import (
     BigBirdForTokenClassification,
 )
 from .pipelines import SUMMARIZATION, TASK, ExtractiveQuestionAnsweringPipeline, SummarizationPipeline
+from .quantization import METHOD, BigBirdInt8Config, BigBirdInt8Quantizer
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
@@ -96,6 +98,7 @@ def tables() -> list[dict]:
     by_name = [getattr(tokenization_auto, name) for name in names if hasattr(tokenization_auto, name)]
     tasks = PIPELINE_REGISTRY.supported_tasks
     by_name += [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
+    by_name += [quantizers.AUTO_QUANTIZER_MAPPING, quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING]
     return [*(mapping._extra_content for mapping in lazy_mappings), *by_name, *peft_tables(), tasks]
 
 
@@ -130,6 +133,8 @@ def register() -> None:
         auto_class.register(BigBirdPegasusConfig, model_class, exist_ok=True)
     prefer_registered_tokenizers()
     register_pipelines()
+    quantizers.AUTO_QUANTIZER_MAPPING[METHOD] = BigBirdInt8Quantizer
+    quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BigBirdInt8Config
     for name in AUTOMATIC:
         name_to_transformers(name)
     for table, old in before:

@@ -33,6 +33,7 @@ from .environment import describe_environment
 from .heatmap import check_index, layer_attention
 from .heatmap import plot_attention as draw_attention
 from .pipelines import SummarizationPipeline
+from .quantization import quantize_checkpoint
 
 app = typer.Typer(help="BigBird for transformers: long documents in linear time.", add_completion=False)
 
@@ -252,6 +253,16 @@ def convert(
     longest = model.config.longest_input
     length = "any length" if longest is None else f"up to {longest:,} tokens"
     print(f"{_printable(target)}: {type(model).__name__} for inputs of {length}")
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A BigBird encoder: a local folder, or a name on the Hub.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Turn the linear layers of an encoder into int8 ones, for inference on CPUs."""
+    model = quantize_checkpoint(source, target)
+    print(f"{_printable(target)}: {type(model).__name__}, its encoder in int8")
 
 
 @app.command()

@@ -318,7 +318,7 @@ def _from_transformers(source, architecture) -> Source:
     if model_class in LANGUAGE_MODELS and not _has_head(kind, None, model_class):
         missing = kind.prefix + _ending(model_class)
         raise ValueError(f"{source} cannot become a {model_class.__name__}: {config.model_type} has no {missing}.")
-    tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     origin = Source(model_class, _fields(kind, config), _load_weights(source, kind, "Model"), tokenizer)
     origin.fields |= _special_ids(kind, config, tokenizer)
     # Who asks for a decoder shall get one. Otherwise the source knows what it is.
@@ -594,7 +594,7 @@ def _special_ids(kind, config, tokenizer) -> dict[str, int | None]:
     return ids
 
 
-def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source) -> PreTrainedTokenizerBase | None:
     """The source's tokenizer. (Without files, some versions of transformers make up an empty one.)"""
     has_files = any(_has_file(source, name) for name in VOCABULARY_FILES)
     return AutoTokenizer.from_pretrained(source) if has_files else None

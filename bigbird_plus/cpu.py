@@ -25,6 +25,7 @@ from .attention.common import (
     is_transformed,
     per_chunk,
 )
+from .int8 import Int8Linear
 
 
 class TanhGELU(nn.Module):
@@ -66,9 +67,12 @@ def _product(layer, states, activation, residual):
         *sizes, features = states.shape
         rows = states.reshape(-1).view(math.prod(sizes), features)
         return layer(rows).unflatten(0, sizes), activation, residual
-    if not _is_plain(layer):
-        return layer(states), activation, residual
     is_gelu = type(activation) is TanhGELU and not is_watched(activation)
+    if not _is_plain(layer):
+        is_int8 = type(layer) is Int8Linear and states.dtype is torch.float32 and not is_watched(layer)
+        if is_int8 and is_gelu and not is_tracing() and not is_transformed():
+            return _tanh_gelu_in_place(layer(states)), None, residual
+        return layer(states), activation, residual
     if converts(layer, states):
         return _converted(layer, states, activation, residual, is_gelu)
     if not _suits(layer.weight, states):

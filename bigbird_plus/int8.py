@@ -1,0 +1,176 @@
+"""Linear layers with weights of 8 bits, for CPUs: oneDNN's product of integers, of states that are quantized as they
+come, each token by itself. So what a token gets does not depend on the others of its batch, nor on how many are taken
+at once."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention.common import chunks, is_tracing, is_transformed, per_chunk
+
+
+class Int8Linear(nn.Module):
+    """In the place of an `nn.Linear`, for inference: `states weight^T + bias`, with a scale for each output.
+
+    Weights have 8 bits. States get 8 where the processor adds products of such numbers exactly, as those with VNNI
+    instructions do, and else 7: older instructions add pairs of products in 16 bits, which 8 by 8 bits overflow.
+    Columns with outliers are not kept apart: on the demo checkpoint that made no difference.
+
+    The state dict holds `weight`, int8 `[out_features, in_features]`, `scale`, `[out_features]`, and `bias`,
+    `[out_features]`. While the layer is on a CPU it keeps the weight in oneDNN's order alone.
+    """
+
+    weight: Any  # None while it is packed
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        """Without numbers: see `of`, or load some."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(out_features))
+        self.register_buffer("bias", torch.empty(out_features) if bias else None)
+        self._packed: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def like(cls, layer: nn.Linear) -> "Int8Linear":
+        """Of its sizes, on its device, without numbers."""
+        with layer.weight.device:
+            return cls(layer.in_features, layer.out_features, layer.bias is not None).train(layer.training)
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "Int8Linear":
+        """With the weight of a linear layer, rounded."""
+        quantized = cls.like(layer)
+        weight = layer.weight.detach()
+        scale = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(weight.dtype).tiny)
+        quantized.weight = (weight.float() / scale[:, None].float()).round_().to(torch.int8)
+        quantized.scale = scale
+        quantized.bias = None if layer.bias is None else layer.bias.detach()
+        quantized.pack()
+        return quantized
+
+    def pack(self) -> None:
+        """Put the weight into oneDNN's order, which forward passes would otherwise do each time. On a CPU only."""
+        if self._packed is None and self.weight.device.type == "cpu" and most_of_states():
+            self._packed = _pack(self.weight)
+            self.weight = None
+
+    def unpack(self) -> None:
+        """The reverse."""
+        self.weight, self._packed = self._plain_weight(), None
+
+    def _plain_weight(self) -> Tensor:
+        return self.weight if self._packed is None else self._packed[0].to_dense().t().contiguous()
+
+    @torch.compiler.disable
+    def forward(self, states: Tensor) -> Tensor:
+        """Of `[..., in_features]` and a floating dtype, to `[..., out_features]` of the same.
+
+        Raises:
+            RuntimeError: where states need gradients, which rounding has not, or a graph is made for elsewhere.
+            ValueError: on another device, or where torch lacks the operators.
+        """
+        if torch.is_grad_enabled() and states.requires_grad:
+            raise RuntimeError(
+                "A model quantized to int8 gives no gradients to the states of its layers. Use torch.no_grad(), or "
+                "train before you quantize."
+            )
+        if is_tracing() or is_transformed():
+            raise RuntimeError("An int8 model cannot be exported or transformed. Take the model that it was made of.")
+        require_int8(states.device)
+        packed, sums = _pack(self.weight) if self._packed is None else self._packed
+        scale = self.scale.float()
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.float()
+        rows = states.reshape(-1, self.in_features)
+        result = states.new_empty(len(rows), self.out_features)
+        for piece in chunks(0, len(rows), per_chunk(_COPIES * (self.in_features + self.out_features))):
+            where = slice(piece.start, piece.stop)
+            levels, step, lowest = _quantized(rows[where].float())
+            product = _product(levels, packed, scale)
+            result[where] = torch.addmm(bias, lowest, (sums * scale)[None]).addcmul_(product, step)
+        return result.view(*states.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    # What torch does with a module's tensors, it does with the plain weight: oneDNN's order is the processor's own.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self._plain_weight()
+
+    def _load_from_state_dict(self, *arguments, **named):
+        was_packed = self._packed is not None
+        self.unpack()
+        super()._load_from_state_dict(*arguments, **named)
+        if was_packed:
+            self.pack()
+
+    def _apply(self, *arguments, **named):
+        was_packed = self._packed is not None
+        self.unpack()
+        super()._apply(*arguments, **named)
+        if was_packed:
+            self.pack()
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, "_packed": None, "_buffers": {**self._buffers, "weight": self._plain_weight()}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.pack()
+
+
+_COPIES = 4 * torch.float32.itemsize
+
+
+def require_int8(device: torch.device) -> None:
+    """Raises a ValueError where products of 8 bits cannot be computed."""
+    if device.type != "cpu":
+        raise ValueError(f"int8 models compute on a CPU, not on {device}: move model and inputs there.")
+    if not most_of_states():
+        raise ValueError("int8 models need torch with oneDNN's operators for integers, which this one has not.")
+
+
+@cache
+def most_of_states() -> int:
+    """The greatest number that states are quantized to; 0 where products of 8 bits cannot be computed at all.
+
+    Told by products that no 16 bits hold: those must be exact.
+    """
+    try:
+        for most in (255, 127):
+            states, weight = torch.full((32, 64), most, dtype=torch.uint8), torch.full((32, 64), 127, dtype=torch.int8)
+            if (_product(states, _pack(weight)[0], torch.ones(32)) == most * 127 * 64).all():
+                return most
+    except (AttributeError, RuntimeError, TypeError):
+        pass
+    return 0
+
+
+def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An int8 weight in oneDNN's order, and the sum of each row."""
+    return torch.ops.onednn.qlinear_prepack(weight, None), weight.sum(1, dtype=torch.float32)
+
+
+def _quantized(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`levels`, uint8, `step` and `lowest`, `[rows, 1]`, with `rows ~ lowest + step levels`. Their range has zero."""
+    most = most_of_states()
+    lowest = rows.amin(1, keepdim=True).clamp_(max=0)
+    step = (rows.amax(1, keepdim=True).clamp_(min=0) - lowest).div_(most).clamp_(min=torch.finfo(rows.dtype).tiny)
+    inverse = step.reciprocal()
+    return torch.addcmul(0.5 - lowest * inverse, rows, inverse).to(torch.uint8), step, lowest  # which cuts
+
+
+def _product(states: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """oneDNN's `scale (states weight^T)`, float32, of uint8 and a packed int8."""
+    zero = torch.zeros_like(scale, dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        states, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )

@@ -1,0 +1,139 @@
+"""`quantize(model)`: the linear layers of an encoder in 8 bits. `save_pretrained` and `from_pretrained` keep them, by
+transformers' registry of quantizers (see `auto`)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .configuration_big_bird import BigBirdConfig
+from .conversion import MODELS, load_tokenizer
+from .int8 import Int8Linear, require_int8
+from .modeling_big_bird import BigBirdEncoder, BigBirdPreTrainedModel
+
+METHOD = "bigbird_int8"
+
+
+def quantize(model: BigBirdPreTrainedModel) -> BigBirdPreTrainedModel:
+    """Turn the linear layers of a model's encoder into int8 ones, in place, for inference on a CPU.
+
+    Weights are rounded once, with a scale for each output; the states that they meet are rounded as they come, with a
+    scale for each token. Nothing is calibrated. Embeddings and heads stay what they are. The encoder is frozen, its
+    embeddings included; what is above it can still be trained.
+
+    Args:
+        model: a BigBird of this package, with any head, on a CPU. The encoder-decoder is none of them.
+
+    Returns:
+        The same model. `save_pretrained` writes it, and `from_pretrained` reads it back.
+
+    Raises:
+        ValueError: if the model is another one, is quantized by now, is not on a CPU, or if torch lacks the operators.
+    """
+    _check(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("model is quantized by now. Give the one that it was made of.")
+    require_int8(model.device)
+    quantizer = BigBirdInt8Quantizer(BigBirdInt8Config(), pre_quantized=False)
+    quantizer.preprocess_model(model)
+    model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer  # type: ignore[assignment]  # as transformers does
+    quantizer.postprocess_model(model)
+    return model
+
+
+def quantize_checkpoint(source: str | Path, target: str | Path) -> BigBirdPreTrainedModel:
+    """`quantize`s a checkpoint, and writes it with its tokenizer, where it has one, into a new folder.
+
+    Args:
+        source: a local folder, or a name on the Hub. The model is of the class that its configuration names.
+        target: the folder to write, which must be new or empty.
+
+    Returns:
+        The new model, in evaluation mode.
+
+    Raises:
+        ValueError: if `target` is not empty or `source` no BigBird encoder, and as `quantize` does.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target must be a new or an empty folder, but {target} is not empty.")
+    config = AutoConfig.from_pretrained(source)
+    name = (config.architectures or ["BigBirdModel"])[0]
+    model_class = {model.__name__: model for model in MODELS}.get(name)
+    if not isinstance(config, BigBirdConfig) or model_class is None:
+        raise ValueError(f"source must be a BigBird encoder, but {source} is a {config.model_type}, {name}.")
+    model = quantize(model_class.from_pretrained(source).eval())
+    model.save_pretrained(target)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    return model
+
+
+class BigBirdInt8Config(QuantizationConfigMixin):
+    """What `config.json` says of a quantized model. `quantize(from_pretrained(name))` is the same as
+    `from_pretrained(name, quantization_config=BigBirdInt8Config())`."""
+
+    def __init__(self, quant_method: str = METHOD):
+        """Without options: `quant_method` is what the file says."""
+        self.quant_method = quant_method  # type: ignore[assignment]  # theirs are an enumeration
+
+    def to_diff_dict(self) -> dict:
+        """What `repr` shows."""
+        return self.to_dict()
+
+
+class BigBirdInt8Quantizer(HfQuantizer):
+    """What `from_pretrained` calls before and after it loads weights."""
+
+    def validate_environment(self, *args, **kwargs):
+        """Raises a ValueError where torch lacks the operators."""
+        require_int8(torch.device("cpu"))
+
+    def is_serializable(self, safe_serialization=None):
+        """Yes, as any model."""
+        return True
+
+    @property
+    def is_trainable(self):
+        """No, not even by adapters: rounding has no gradients."""
+        return False
+
+    def _convert_model_for_quantization(self, model):
+        """Nothing that there were other layers for."""
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        _check(model)
+        if self.pre_quantized:
+            _replace_layers(model, Int8Linear.like)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            _replace_layers(model, Int8Linear.of)
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.pack()
+        model.base_model.requires_grad_(False)
+        return model
+
+
+def _check(model) -> None:
+    if not isinstance(model, BigBirdPreTrainedModel):
+        raise ValueError(
+            f"model must be a BigBird of bigbird_plus, not a {type(model).__module__}.{type(model).__name__}."
+        )
+
+
+def _replace_layers(model: nn.Module, make: Callable[[nn.Linear], Int8Linear]) -> None:
+    encoders = [module for module in model.modules() if isinstance(module, BigBirdEncoder)]
+    parents = [module for encoder in encoders for module in encoder.modules()]
+    for parent in parents:
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, make(child))

@@ -1,0 +1,179 @@
+"""Models in int8: products of integers that are exact, and models that say what they said before."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+import bigbird_plus
+from bigbird_plus import BigBirdInt8Config, cpu, demo, int8, quantize
+from bigbird_plus.attention import common
+from bigbird_plus.cli import main
+from bigbird_plus.int8 import Int8Linear
+
+from .peers import make_model, random_ids
+
+pytestmark = pytest.mark.skipif(not int8.most_of_states(), reason="this torch has no oneDNN operators for integers")
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, Int8Linear)]
+
+
+@pytest.mark.torch_only
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(33, 17), (768, 96)])
+def test_products_are_exact(rows, inputs, outputs):
+    generator = torch.Generator().manual_seed(0)
+    most = int8.most_of_states()
+    states = torch.randint(0, most + 1, (rows, inputs), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    states[0], weight[0], weight[1] = most, 127, -127
+    packed, sums = int8._pack(weight)
+    expected = states.long() @ weight.long().t()
+    assert torch.equal(int8._product(states, packed, torch.ones(outputs)).long(), expected)
+    assert torch.equal(sums.long(), weight.long().sum(1))
+
+
+@pytest.mark.torch_only
+def test_layer():
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 40)
+    states = torch.randn(3, 50, 96) + 0.5
+    states[0, 0], states[0, 1] = 0, 1000 * states[0, 1]
+    quantized = Int8Linear.of(layer)
+    with torch.no_grad():
+        found, expected = quantized(states), layer(states)
+        assert torch.allclose(found[0, 0], layer.bias)
+        assert relative_error(found[0, 1], expected[0, 1]) < 0.02
+        assert relative_error(found[1:], expected[1:]) < 0.02
+        assert torch.equal(quantized(states[2, 7:8]), found[2, 7:8]), "a token by itself"
+        assert quantized(states[:0]).shape == (0, 50, 40)
+        assert quantized(states.bfloat16()).dtype is torch.bfloat16
+        assert quantized(torch.full((1, 96), torch.nan)).isnan().all()
+
+
+@pytest.mark.torch_only
+def test_layer_keeps_its_weight():
+    quantized = Int8Linear.of(nn.Linear(24, 40))
+    states, weights = torch.randn(5, 24), quantized.state_dict()
+    assert weights["weight"].dtype is torch.int8 and weights["weight"].shape == (40, 24)
+    others = [copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized)), Int8Linear.of(nn.Linear(24, 40))]
+    others[2].load_state_dict(weights)
+    for other in [*others, quantized.to("cpu")]:
+        assert torch.equal(other(states), quantized(states))
+        assert torch.equal(other.state_dict()["weight"], weights["weight"])
+    assert quantized.to("meta").weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BigBirdModel", "BigBirdForSequenceClassification", "BigBirdForQuestionAnswering", "BigBirdForCausalLM"],
+)
+def test_models(name, tmp_path):
+    model = make_model(name, is_decoder=name == "BigBirdForCausalLM")
+    ids = random_ids(1, 120)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        assert quantize(model) is model
+        found = model(ids)[0]
+        assert len(layers(model)) == 12
+        assert 0 < relative_error(found, expected) < 0.1
+        model.save_pretrained(tmp_path)
+        loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        assert len(layers(loaded)) == 12 and not loaded.training
+        assert torch.equal(loaded(ids)[0], found)
+        assert loaded.config.quantization_config.quant_method == "bigbird_int8"
+
+
+def test_quantized_as_it_is_loaded(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, quantization_config=BigBirdInt8Config())
+    ids = random_ids(1, 100)
+    assert torch.equal(loaded(ids).last_hidden_state, quantize(model)(ids).last_hidden_state)
+
+
+def test_streamed_layers(monkeypatch):
+    model = quantize(make_model(hidden_act="gelu_new"))
+    ids = random_ids(1, 120)
+    with torch.no_grad():
+        whole = model(ids).last_hidden_state
+        monkeypatch.setattr(common, "CHUNK_BYTES", 4096)
+        assert torch.allclose(model(ids).last_hidden_state, whole, atol=1e-2)
+
+
+@pytest.mark.torch_only
+def test_activation():
+    layer, gelu = Int8Linear.of(nn.Linear(24, 40)), cpu.TanhGELU()
+    states, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 40)
+    found = cpu.linear(layer, states, gelu, residual)
+    assert torch.allclose(found, gelu(layer(states)) + residual, atol=1e-5)
+
+
+def test_fill_mask():
+    tokenizer = AutoTokenizer.from_pretrained(bigbird_plus.demo_checkpoint())
+    model = AutoModelForMaskedLM.from_pretrained(bigbird_plus.demo_checkpoint()).float().eval()
+    ids = tokenizer(demo.document(), return_tensors="pt", truncation=True, max_length=2048).input_ids
+    chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15
+    masked = torch.where(chosen, tokenizer.mask_token_id, ids)
+    with torch.no_grad():
+        before = model(masked, labels=torch.where(chosen, ids, -100))
+        after = quantize(model)(masked, labels=torch.where(chosen, ids, -100))
+    agree = (before.logits.argmax(-1) == after.logits.argmax(-1))[chosen]
+    assert agree.float().mean() >= 0.98
+    assert abs(after.loss / before.loss - 1) < 0.005
+
+
+def test_a_head_learns_on_it():
+    model = quantize(make_model("BigBirdForSequenceClassification"))
+    model(random_ids(1, 100), labels=torch.tensor([1])).loss.backward()
+    has_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert has_gradient and all(name.startswith("classifier") for name in has_gradient)
+    with pytest.raises(RuntimeError, match="gives no gradients to the states"):
+        model(inputs_embeds=torch.randn(1, 100, 32, requires_grad=True))
+
+
+@pytest.mark.torch_only
+def test_graphs():
+    layer, states = Int8Linear.of(nn.Linear(24, 40)), torch.randn(2, 5, 24)
+    assert torch.equal(torch.compile(layer, backend="eager")(states), layer(states))
+    with pytest.raises(RuntimeError, match="cannot be exported"):
+        torch.export.export(layer, (states,))
+    with pytest.raises(RuntimeError, match="cannot be exported or transformed"):
+        torch.vmap(layer)(states)
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(ValueError, match="must be a BigBird of bigbird_plus, not a transformers"):
+        quantize(transformers.BertModel(transformers.BertConfig(num_hidden_layers=0)))
+    model = quantize(make_model())
+    with pytest.raises(ValueError, match="is quantized by now"):
+        quantize(model)
+    with pytest.raises(ValueError, match="compute on a CPU, not on meta"):
+        quantize(make_model().to("meta"))
+    monkeypatch.setattr("bigbird_plus.int8.most_of_states", lambda: 0)
+    with pytest.raises(ValueError, match="operators for integers"):
+        quantize(make_model())
+
+
+def test_command(tmp_path, capsys):
+    make_model("BigBirdForMaskedLM").save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as left:
+        main(["quantize", str(tmp_path / "model"), str(tmp_path / "int8")])
+    assert not left.value.code
+    assert capsys.readouterr().out == f"{tmp_path / 'int8'}: BigBirdForMaskedLM, its encoder in int8\n"
+    assert layers(AutoModelForMaskedLM.from_pretrained(tmp_path / "int8"))
+    for source, message in ((tmp_path / "int8", "is quantized by now"), (tmp_path / "none", "none")):
+        with pytest.raises(SystemExit) as left:
+            main(["quantize", str(source), str(tmp_path / "again")])
+        assert left.value.code == 2 and message in capsys.readouterr().err
