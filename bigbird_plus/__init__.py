@@ -1,7 +1,5 @@
 """BigBird for transformers: importing this package registers its classes with the Auto classes, and no more."""
 
-from typing import TYPE_CHECKING
-
 from . import _compat  # noqa: F401 (first: it keeps others quiet that transformers imports)
 from .attention import block_sparse_attention, register_engine
 from .attention.pattern import BlockPattern, Sparsity
@@ -35,9 +33,6 @@ from .quantization import BigBirdInt8Config, quantize
 from .tokenization_big_bird import BigBirdTokenizer
 from .tokenization_big_bird_fast import BigBirdTokenizerFast
 
-if TYPE_CHECKING:
-    from .trainer import ContextParallelTrainer
-
 __version__ = "0.1.0"
 __docformat__ = "google"  # of docstrings, for pdoc
 
@@ -62,7 +57,6 @@ __all__ = [
     "BigBirdTokenizer",
     "BigBirdTokenizerFast",
     "BlockPattern",
-    "ContextParallelTrainer",
     "DataCollatorForDocuments",
     "ExtractiveQuestionAnsweringPipeline",
     "Sparsity",
@@ -78,14 +72,6 @@ __all__ = [
     "replace_builtin",
     "unregister",
 ]
-
-
-def __getattr__(name: str):
-    if name == "ContextParallelTrainer":  # not before: transformers' Trainer needs accelerate, and takes its time
-        from .trainer import ContextParallelTrainer
-
-        return ContextParallelTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 register()

@@ -2,9 +2,10 @@
 where the processor has no instructions for half precision, and parts of a layer that take each token by itself, done
 for some tokens after others.
 
-torch carries two matrix products for CPUs. In float32 it takes MKL's, which on AMD's processors runs at a good half of
-the speed of oneDNN's. Which of them runs here depends on the processor's vendor and the dtype alone, never on a
-timing: results do not vary from process to process.
+torch carries two matrix products for CPUs. In float32 it takes MKL's, which on AMD's processors does not use their
+512-bit instructions and then runs at a good half of the speed of oneDNN's; without those instructions it is the faster
+one. Which of them runs here depends on the processor and the dtype alone, never on a timing: results do not vary from
+process to process.
 """
 
 import math
@@ -90,8 +91,6 @@ def _product(layer, states, activation, residual):
         return _OneDnnLinear.apply(states, layer.weight, layer.bias), activation, residual
     if fuses_gelu:
         return onednn_product(states, layer.weight, layer.bias, "gelu", "tanh"), None, None
-    if activation is None and residual is not None:
-        return onednn_product_and_sum(states, layer.weight, layer.bias, residual), None, None
     return onednn_product(states, layer.weight, layer.bias), activation, residual
 
 
@@ -135,7 +134,7 @@ def _converted_product(states, weight, bias, dtype, is_gelu=False, residual=None
     rows = states.reshape(-1, inputs)
     result = torch.empty(len(rows), outputs, dtype=dtype)
     residual = None if residual is None else residual.reshape(-1, outputs)
-    multiply = onednn_product if _vendor_is_amd() and has_onednn() else nn.functional.linear
+    multiply = onednn_product if float32_is_onednn() else nn.functional.linear
     for columns in chunks(0, outputs, per_chunk(inputs * torch.float32.itemsize)):
         taken = slice(columns.start, columns.stop)
         own_weight, own_bias = weight[taken].float(), None if bias is None else bias[taken].float()
@@ -182,12 +181,13 @@ def prefers_onednn(states: Tensor) -> bool:
     """Whether products with these states are oneDNN's rather than torch's default."""
     if states.device.type != "cpu" or is_tracing() or is_transformed():
         return False
-    if torch.is_autocast_enabled("cpu") or not has_onednn():
+    if torch.is_autocast_enabled("cpu"):
         return False
     if states.dtype is torch.float32:
-        return _vendor_is_amd()
+        return float32_is_onednn()
     # the same product as by default, but together with the activation
-    return not torch.is_grad_enabled() and states.dtype in HALF_PRECISION and states.dtype not in EMULATED
+    is_native = states.dtype in HALF_PRECISION and states.dtype not in EMULATED
+    return is_native and not torch.is_grad_enabled() and has_onednn()
 
 
 @cache
@@ -195,18 +195,19 @@ def has_onednn() -> bool:
     """Whether this torch has the operators, which are not part of its public interface."""
     try:
         one = torch.ones(1, 1)
-        has_product = torch.backends.mkldnn.is_available() and onednn_product(one, one, None).item() == 1
-        return has_product and onednn_product_and_sum(one, one, None, one).item() == 2
+        return torch.backends.mkldnn.is_available() and onednn_product(one, one, None).item() == 1
     except (AttributeError, RuntimeError, TypeError):
         return False
 
 
 @cache
-def _vendor_is_amd() -> bool:
+def float32_is_onednn() -> bool:
+    """Whether oneDNN's product in float32 is faster here than torch's default."""
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_onednn()
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -242,11 +243,6 @@ def _tanh_gelu_in_place(states: Tensor) -> Tensor:
 def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):
     """oneDNN's `activation(states weight^T + bias)`."""
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], algorithm)
-
-
-def onednn_product_and_sum(states: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """oneDNN's `states weight^T + bias + residual`."""
-    return torch.ops.mkldnn._linear_pointwise.binary(states, residual, weight, bias, "add")
 
 
 class _OneDnnLinear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""`Trainer` for documents that several processes share. Imported when it is asked for: it needs accelerate."""
+"""`Trainer` for documents that several processes share. Not imported with the package: it needs accelerate."""
 
 from contextlib import AbstractContextManager, nullcontext
 

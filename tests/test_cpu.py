@@ -19,8 +19,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def on_amd(monkeypatch):
-    monkeypatch.setattr(module, "_vendor_is_amd", lambda: True)
+def by_onednn(monkeypatch):
+    monkeypatch.setattr(module, "float32_is_onednn", lambda: True)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def reference(layer, states, activation):
 
 @pytest.mark.parametrize("activation", [None, tanh_gelu, torch.tanh])
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 5, 24), (3, 1, 2, 24)])
-def test_inference(on_amd, layer, activation, shape):
+def test_inference(by_onednn, layer, activation, shape):
     states = torch.randn(shape)
     assert prefers_onednn(states)
     with torch.no_grad():
@@ -46,9 +46,9 @@ def test_inference(on_amd, layer, activation, shape):
 
 @pytest.mark.parametrize("activation", [None, tanh_gelu, torch.tanh])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("vendor", [False, True])
-def test_residual(monkeypatch, layer, activation, grad, vendor):
-    monkeypatch.setattr(module, "_vendor_is_amd", lambda: vendor)
+@pytest.mark.parametrize("is_onednn", [False, True])
+def test_residual(monkeypatch, layer, activation, grad, is_onednn):
+    monkeypatch.setattr(module, "float32_is_onednn", lambda: is_onednn)
     states, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 40)
     before = residual.clone()
     with torch.set_grad_enabled(grad):
@@ -61,7 +61,7 @@ def test_residual(monkeypatch, layer, activation, grad, vendor):
 @pytest.mark.parametrize("numbers_in_cache", [1, 100, 2**18])
 def test_the_activation_in_place(monkeypatch, layer, numbers_in_cache):
     """As exact as torch's own, for numbers of every size."""
-    monkeypatch.setattr(module, "_vendor_is_amd", lambda: False)
+    monkeypatch.setattr(module, "float32_is_onednn", lambda: False)
     monkeypatch.setattr(module, "NUMBERS_IN_CACHE", numbers_in_cache)
     nn.init.eye_(layer.weight[:24])
     nn.init.zeros_(layer.bias)
@@ -74,7 +74,7 @@ def test_the_activation_in_place(monkeypatch, layer, numbers_in_cache):
 
 
 @pytest.mark.parametrize("activation", [None, tanh_gelu])
-def test_gradients(on_amd, layer, activation):
+def test_gradients(by_onednn, layer, activation):
     states = torch.randn(2, 7, 24, requires_grad=True)
     weights = torch.randn(2, 7, 40)
     inputs = (states, layer.weight, layer.bias)
@@ -84,7 +84,7 @@ def test_gradients(on_amd, layer, activation):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_weights_and_missing_biases_get_no_gradient(on_amd):
+def test_frozen_weights_and_missing_biases_get_no_gradient(by_onednn):
     layer = nn.Linear(24, 40, bias=False).requires_grad_(False)
     states = torch.randn(3, 24, requires_grad=True)
     linear(layer, states).sum().backward()
@@ -102,7 +102,7 @@ def test_reduced_precision_is_no_worse_than_the_default(layer):
     assert (actual - exact).abs().max() <= (default - exact).abs().max() + 1e-2 * exact.abs().max()
 
 
-def test_whoever_watches_or_replaces_a_layer_is_called(on_amd, layer):
+def test_whoever_watches_or_replaces_a_layer_is_called(by_onednn, layer):
     states = torch.randn(3, 24)
     calls = []
     handle = layer.register_forward_hook(lambda *args: calls.append(1))
@@ -114,7 +114,7 @@ def test_whoever_watches_or_replaces_a_layer_is_called(on_amd, layer):
     assert linear(nn.Sequential(nn.Linear(24, 2)), states).shape == (3, 2)
 
 
-def test_not_taken_where_it_does_not_belong(on_amd, layer):
+def test_not_taken_where_it_does_not_belong(by_onednn, layer):
     states = torch.randn(3, 24)
     assert not prefers_onednn(states.double())
     with torch.autocast("cpu", torch.bfloat16):

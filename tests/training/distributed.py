@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-import bigbird_plus
+from bigbird_plus.trainer import ContextParallelTrainer
 from tests.peers import TASK_MODELS
 from tests.training.common import labelled_rows, make_trainer, tiny_model
 
@@ -87,7 +87,7 @@ def shared_documents(folder):
 
     ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     settings = {"parallelism_config": ParallelismConfig(cp_size=2), "ddp_find_unused_parameters": False}
-    settings["trainer_class"] = bigbird_plus.ContextParallelTrainer
+    settings["trainer_class"] = ContextParallelTrainer
     refused = [
         refusal(folder, **settings, **more) for more in ({"compute_metrics": len}, {"label_smoothing_factor": 0.1})
     ]

@@ -11,7 +11,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch.distributed.tensor.experimental import context_parallel
 
-import bigbird_plus
+from bigbird_plus.trainer import ContextParallelTrainer
 from tests import fresh
 from tests.peers import MODELS, TASK_MODELS, random_ids
 from tests.training import distributed
@@ -68,7 +68,7 @@ def test_training_on_shared_documents_is_that_of_one_process(found_by_two, tmp_p
 
 def test_documents_are_not_shared_unasked(tmp_path):
     with pytest.raises(ValueError, match=r"parallelism_config is None.*cp_size"):
-        make_trainer(tiny_model("BigBirdForMaskedLM"), [], tmp_path, trainer_class=bigbird_plus.ContextParallelTrainer)
+        make_trainer(tiny_model("BigBirdForMaskedLM"), [], tmp_path, trainer_class=ContextParallelTrainer)
 
 
 class TestContextParallelism:
