@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import additive_mask, is_tracing
+from .common import additive_mask, has_free_shapes
 from .global_tokens import GlobalTokens
 from .pattern import BlockPattern
 from .random_blocks import NO_BLOCK
@@ -77,7 +77,7 @@ def list_blocks(
     bias = additive_mask(~empty, dtype)
     if structured and pattern.first_block_extra:
         bias[..., 0] = math.log1p(pattern.first_block_extra)
-    is_needed = is_tracing() or bias.any()
+    is_needed = has_free_shapes() or bias.any()
     return BlockLists(lists.masked_fill(empty, 0).to(device), bias.to(device) if is_needed else None)
 
 
@@ -107,6 +107,6 @@ def _reshape(tensor: Tensor, *shape: int, leading: int = 1) -> Tensor:
     """`tensor.reshape(shape)`. While a graph is traced, by way of a vector, and of a matrix whose rows are so many
     `leading` dimensions: to join dimensions of sizes `m` and `b` directly, torch asks whether `m % (m b)` is 0, to
     which it knows no answer for a free length."""
-    if not is_tracing():
+    if not has_free_shapes():
         return tensor.reshape(shape)
     return tensor.reshape(-1).view(math.prod(shape[:leading]), math.prod(shape[leading:])).view(shape)

@@ -16,9 +16,15 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 does not tell.)"""
 
 
+def has_free_shapes() -> bool:
+    """Whether a graph is being made that may serve other shapes: by `torch.compile`, `torch.export` or
+    `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_tracing() -> bool:
-    """Whether a graph is being made of what happens: by `torch.compile`, `torch.export`, `torch.jit.trace` or CUDA."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether a graph is being made of what happens, in which values are not known: one of those, or CUDA's."""
+    if has_free_shapes():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # torch.compile fails at that
 
@@ -32,6 +38,27 @@ def may_read_values(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not while a graph is traced or `torch.func` transforms, and not
     where it would wait for a device."""
     return tensor.device.type == "cpu" and not is_tracing() and not is_transformed()
+
+
+def may_wait_for(tensor: Tensor) -> bool:
+    """Whether Python may look at a tensor's values even if it has to wait for a GPU to do so, which is for decisions
+    that are worth that, once a call. Not on a stream of the caller's own: CUDA graphs are captured there and, before
+    that, warmed up. While they are captured values are not known and kernels cannot be loaded, so that the warm-up must
+    have run the very same ones."""
+    if tensor.is_meta or is_tracing() or is_transformed():
+        return False
+    return not tensor.is_cuda or _is_on_default_stream(tensor.device)
+
+
+def _is_on_default_stream(device: torch.device) -> bool:
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor there. If it was made on the CPU, no GPU is waited for: that would leave it without work afterwards."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _is_emulated(dtype: torch.dtype, question: str) -> bool:
@@ -85,14 +112,14 @@ def pad_to_blocks(tensor: Tensor, block_size: int, dim: int) -> Tensor:
     """Fills up a dimension with zeros to a multiple of `block_size`."""
     length = tensor.shape[dim]
     missing = count_blocks(length, block_size) * block_size - length
-    if not is_tracing() and not missing:  # one graph shall serve all lengths
+    if not has_free_shapes() and not missing:  # one graph shall serve all lengths
         return tensor
     return nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim % tensor.dim()) + [0, missing])
 
 
 def cut(tensor: Tensor, length: int, dim: int) -> Tensor:
     """`tensor` without what lies beyond `length` in a dimension; itself, not a view of it, if there is nothing."""
-    if is_tracing():  # a copy in any case, so that one graph serves lengths with and without padding
+    if has_free_shapes():  # a copy in any case, so that one graph serves lengths with and without padding
         return tensor.index_select(dim, torch.arange(length, device=tensor.device))
     return tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length)
 

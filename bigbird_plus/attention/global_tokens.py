@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import is_tracing
+from .common import is_tracing, to_device
 from .pattern import BlockPattern
 
 
@@ -89,15 +89,20 @@ def find_global_tokens(
     Raises:
         ValueError: if a graph is being traced: how many tokens are global must be known.
     """
-    extra = torch.arange(length, length + num_extra, device=device).expand(batch, -1)
     if global_mask is not None and is_tracing():
         raise ValueError(
             "global_attention_mask cannot be used under torch.compile, torch.export or torch.jit.trace, where the "
             "number of tokens that it chooses is not known. Leave it out, or run the model as it is."
         )
+    if global_mask is not None:
+        global_mask = global_mask.cpu()  # how many there are decides on shapes
     most = 0 if global_mask is None else int(global_mask.sum(-1).max())
     if global_mask is None or not most:
+        extra = torch.arange(length, length + num_extra, device=device).expand(batch, -1)
         return GlobalTokens(extra, None, num_extra) if num_extra else None
+    extra = torch.arange(length, length + num_extra).expand(batch, -1)
     places = global_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     is_token = torch.cat((global_mask.gather(1, places), torch.ones_like(extra, dtype=torch.bool)), dim=1)
-    return GlobalTokens(torch.cat((places, extra), dim=1), is_token, num_extra)
+    return GlobalTokens(
+        to_device(torch.cat((places, extra), dim=1), device), to_device(is_token, device), num_extra
+    )

@@ -1,13 +1,14 @@
 """Documents that are read together, and how: in full, sparsely, or as a decoder's text."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import full, masks
-from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks
+from .common import count_blocks, cut, has_free_shapes, is_exporting, may_read_values, pad_to_blocks, to_device
 from .engines import Choice
 from .global_tokens import GlobalTokens, find_global_tokens
 from .impl import gather, reference
@@ -198,27 +199,47 @@ class DecoderPart(Part):
         """Engines count blocks from the first place, so left padding is moved behind the tokens, and back. There no
         token reads it, nor what fills up the last block."""
         tensors = [query, *(tensor[:, :, : self.num_keys] for tensor in (key, value))]
-        key_mask, offset, block_size = self.key_mask, self.piece.offset, self.sparsity.block_size
-        if offset is not None:
-            tensors = [_rotate(tensor, offset, dim=2) for tensor in tensors]
-            key_mask = None if key_mask is None else _rotate(key_mask, offset, dim=1)
+        block_size, moves = self.sparsity.block_size, self._moves
+        if moves is not None:
+            tensors = [_move(tensor, moves.to_front) for tensor in tensors]
         tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
+        key_mask = self.key_mask if moves is None else moves.key_mask
         key_mask = None if key_mask is None else pad_to_blocks(key_mask, block_size, 1)
         context = self.choice.engine.forward(*tensors, pattern, key_mask, None, scaling=scaling)
         context = cut(context, self.num_keys, 2)
-        return context if offset is None else _rotate(context, self.num_keys - offset, dim=2)
+        return context if moves is None else _move(context, moves.back)
+
+    @cached_property
+    def _moves(self) -> "Moves | None":
+        """The same for all layers."""
+        offset, key_mask, count = self.piece.offset, self.key_mask, self.num_keys
+        if offset is None:
+            return None
+        sequence = torch.arange(offset.shape[0], device=offset.device)[:, None]
+        places = torch.arange(count, device=offset.device) - count  # below 0: counted from the end
+        to_front, back = (sequence, places + offset[:, None]), (sequence, places + (count - offset)[:, None])
+        return Moves(to_front, back, None if key_mask is None else key_mask[to_front])
 
     def _from_cache(self, query, key, value, pattern, scaling):
         return gather.attend_to_cache(query, key, value, pattern, self.key_mask, self.piece, scaling=scaling)
 
 
-def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
-    """Each sequence of `tensor`, whose places are dimension `dim`, moved `by[sequence]` places to the front; what
-    falls off comes in again at the end. None is moved by more places than there are."""
-    length = tensor.shape[dim]
-    source = torch.arange(length, device=tensor.device) + by[:, None] - length  # below 0: counted from the end
-    sequence = torch.arange(by.shape[0], device=tensor.device)[:, None]
-    return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
+class Moves(NamedTuple):
+    """How left padding is moved behind the tokens, and back: what falls off in front comes in again at the end.
+
+    to_front, back: `int64`, `[batch, 1]` and `[batch, length]`: of each place, the sequence, and the place there, that
+        goes to it.
+    key_mask: that of the moved tokens; None if it hides nothing else.
+    """
+
+    to_front: tuple[Tensor, Tensor]
+    back: tuple[Tensor, Tensor]
+    key_mask: Tensor | None
+
+
+def _move(tensor: Tensor, source: tuple[Tensor, Tensor]) -> Tensor:
+    """What comes from `source` of `[batch, heads, length, dim]`."""
+    return tensor.transpose(1, 2)[source].transpose(1, 2)
 
 
 AnyPart = FullPart | SparsePart | DecoderPart
@@ -232,7 +253,7 @@ def whole_batch(
     is told whether there are global tokens, and chooses the engine."""
     block_size, batch, length = sparsity.block_size, tokens.batch, tokens.length
     num_blocks = count_blocks(length, block_size)
-    if mask is None and (is_tracing() or length % block_size):
+    if mask is None and (has_free_shapes() or length % block_size):
         mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
     if (
         mask is not None and is_exporting()
@@ -247,12 +268,16 @@ def whole_batch(
     return SparsePart(sparsity=sparsity, choice=choice, num_blocks=num_blocks, key_mask=mask, global_tokens=found)
 
 
-def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderPart:
-    """The part that is a decoder's batch, read sparsely."""
+def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice, real: Tensor | None = None) -> DecoderPart:
+    """The part that is a decoder's batch, read sparsely. `real` is its mask, on the CPU, if that was looked at."""
     queries, block_size, past, places = tokens.length, sparsity.block_size, tokens.past, tokens.cache_position
     keys = queries if tokens.keys is None else tokens.keys
     mask = masks.decoder_key_mask(
-        tokens.attention_mask, batch=tokens.batch, query_positions=places, past=past, keys=keys
+        tokens.attention_mask if real is None else real,
+        batch=tokens.batch,
+        query_positions=places,
+        past=past,
+        keys=keys,
     )
     offset, most_padding = None, 0
     if mask is not None:
@@ -261,14 +286,14 @@ def decoder_part(sparsity: Sparsity, tokens: Tokens, choice: Choice) -> DecoderP
             most_padding = int(offset.max())
             if (offset + mask[:, : past + queries].sum(dim=-1) == past + queries).all():
                 mask = None
-            offset = offset if most_padding else None
+            offset = to_device(offset, tokens.device) if most_padding else None
     first, end = 0, count_blocks(keys, block_size)
     if isinstance(past, int):
         first, end = max(past - most_padding, 0) // block_size, count_blocks(past + queries, block_size)
     from_start = isinstance(past, int) and past == 0
     if from_start:
         keys = queries
-        mask = None if mask is None else mask[:, :keys]
+        mask = None if mask is None else to_device(mask[:, :keys], tokens.device)
     piece = Piece(places, offset, first, end)
     return DecoderPart(
         sparsity=sparsity, choice=choice, piece=piece, num_keys=keys, from_start=from_start, key_mask=mask

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .caches import cached_up_to
 from .common import count_blocks, is_exporting
 from .random_blocks import NO_BLOCK, CausalPlan, draw_random_blocks, draw_uniform_blocks
 
@@ -138,22 +139,25 @@ class Sparsity:
 
     def causal_pattern(self, num_blocks: int, *, layer_idx: int = 0) -> "BlockPattern":
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
+        if not torch.compiler.is_compiling():
+            return _make_causal_pattern(self, num_blocks, layer_idx if self.num_random_blocks else None)
         if not self.num_random_blocks:
             random_blocks = None
         elif is_exporting():
             plan = _longest_causal_plan(*self._for_operators(), layer_idx)
             random_blocks = plan.index_select(1, torch.arange(num_blocks))
-        elif torch.compiler.is_compiling():
-            random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx, True)
         else:
-            random_blocks = _causal_plan(self, layer_idx).blocks(num_blocks)
+            random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx, True)
+        return replace(self._causal_structure(num_blocks), random_blocks=random_blocks)
+
+    def _causal_structure(self, num_blocks: int) -> "BlockPattern":
+        """The pattern of a decoder without its random blocks."""
         return BlockPattern(
             num_blocks=num_blocks,
             block_size=self.block_size,
             window=self.num_sliding_window_blocks,
             num_leading=(self.num_global_blocks + 1) // 2,
             num_full=self.full_attention_length // self.block_size,
-            random_blocks=random_blocks,
             is_causal=True,
         )
 
@@ -215,6 +219,24 @@ class BlockPattern:
     num_full: int = 0
     random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
     is_causal: bool = False
+
+    # Patterns that say the same are the same to caches: each call makes those of pruned heads, and of parts, anew.
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, BlockPattern) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    @cached_property
+    def _value(self) -> tuple:
+        *values, random, is_causal = (getattr(self, name) for name in self.__dataclass_fields__)
+        return *values, is_causal, None if random is None else (np.asarray(random).tobytes(), random.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that its random blocks take, in two forms, more or less."""
+        return 1024 if self.random_blocks is None else 1024 + 2 * self.random_blocks.nbytes
 
     @property
     def before(self) -> int:
@@ -385,13 +407,24 @@ class BlockPattern:
         return ax
 
 
-@lru_cache(maxsize=256)
+MOST_BYTES = 64 * 2**20
+"""Of the patterns that are kept: some twelve hundred with random blocks for twelve heads and 4,096 tokens."""
+
+
+@cached_up_to(MOST_BYTES, lambda pattern: pattern.num_bytes)
 def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) -> BlockPattern:
     """`layer_idx` is None for patterns without random blocks, which are the same in every layer."""
     pattern = sparsity.structure(num_blocks)
     if layer_idx is None:
         return replace(pattern, first_block_extra=sparsity.num_random_blocks if sparsity.is_original_shape else 0)
     return replace(pattern, random_blocks=_draw(sparsity, pattern, layer_idx))
+
+
+@cached_up_to(MOST_BYTES, lambda pattern: pattern.num_bytes)
+def _make_causal_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) -> BlockPattern:
+    """The same for decoders."""
+    random_blocks = None if layer_idx is None else _causal_plan(sparsity, layer_idx).blocks(num_blocks)
+    return replace(sparsity._causal_structure(num_blocks), random_blocks=random_blocks)
 
 
 def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarray:

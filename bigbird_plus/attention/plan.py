@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import masks
-from .common import chunks, count_blocks, cut, is_tracing, may_read_values, pad_to_blocks
+from .common import chunks, count_blocks, cut, is_tracing, may_read_values, may_wait_for, pad_to_blocks, to_device
 from .documents import first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
@@ -61,11 +61,17 @@ class Packing(NamedTuple):
     spans: the documents, in the order in which they are packed.
     sources: `int64`, `[packed length]`: of each packed token, its place in the flattened padded batch.
     is_real: `bool`, `[packed length]`, False for padding.
+    kept: `int64`: the places in the packed row of what is no padding.
     """
 
     spans: tuple[Span, ...]
     sources: Tensor
     is_real: Tensor
+    kept: Tensor
+
+    def to_device(self, device: torch.device) -> "Packing":
+        """The same of tensors there."""
+        return Packing(self.spans, *(to_device(tensor, device) for tensor in self[1:]))
 
 
 class Row(NamedTuple):
@@ -150,8 +156,8 @@ class Plan:
         """The reverse, with zeros for what is not computed, and without the extra tokens."""
         if self.packing is not None:
             padded = states.new_zeros(self.batch * self.length, *states.shape[2:])
-            is_real, sources = self.packing.is_real, self.packing.sources
-            padded = padded.index_put((sources[is_real],), states[0, : len(sources)][is_real])
+            kept = self.packing.kept
+            padded = padded.index_put((self.packing.sources[kept],), states[0, kept])
             return padded.unflatten(0, (self.batch, self.length))
         states = cut(states, self.length, 1)
         return states if self.computed is None else states.masked_fill(~self.computed[..., None], 0)
@@ -275,13 +281,18 @@ class Plan:
 
 
 class _Reader(NamedTuple):
-    """The settings of a model."""
+    """The settings of a model, and what the call brings.
+
+    real: `bool`, `[batch, length]`, on the CPU: which tokens are no padding; None for all, and where that is not to be
+        looked at.
+    """
 
     config: "BigBirdConfig"
     sparsity: Sparsity
     tokens: Tokens
     reads_sparsely: bool
     global_mask: Tensor | None
+    real: Tensor | None
 
     @property
     def implementation(self) -> str:
@@ -346,22 +357,38 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     sparsity = Sparsity.from_config(config)
     keys = tokens.length if tokens.keys is None else tokens.keys
     reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
-    reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
-    computed = _computed(reader, keeps)
-    spans, per_document = _find_documents(reader, computed) if packs else ([], False)
+    tokens, real = _look_at_mask(config, tokens)
+    reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens), real)
+    spans, per_document = _find_documents(reader, keeps) if packs else ([], False)
     if spans:
         return _packed_plan(reader, spans, per_document)
     _check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
     shape["positions"] = tokens.cache_position[None] if tokens.position_ids is None else tokens.position_ids
+    computed = _computed(reader, keeps)
     if not reads_sparsely:
         full = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
         return Plan((full,), **shape, computed=computed)
     if config.is_decoder:
         choice = reader.choose_engine(has_global_tokens=False)
-        return Plan((decoder_part(sparsity, tokens, choice),), **shape, choice=choice)
+        return Plan((decoder_part(sparsity, tokens, choice, real),), **shape, choice=choice)
     part = _sparse_part(reader)
     return Plan((part,), **shape, choice=part.choice, block_size=config.block_size, computed=computed)
+
+
+def _look_at_mask(config, tokens: Tokens) -> tuple[Tokens, Tensor | None]:
+    """The only look at the values of a mask, for which a GPU is waited for once a call: `_Reader.real`, and the tokens
+    without a mask if it hides nothing. Tokenizers give such masks always, and without them no kernel reads masks, full
+    attention needs none, and nothing is moved in a decoder. Not for what goes on where a cache ends: a step is short.
+    """
+    mask, is_start = tokens.attention_mask, isinstance(tokens.past, int) and tokens.past == 0
+    if mask is None or mask.dim() != 2 or not is_start or not may_wait_for(mask):
+        return tokens, None
+    goes_on = config.is_decoder and mask.shape[1] > tokens.length
+    if mask.shape[0] != tokens.batch or (mask.shape[1] != tokens.length and not goes_on):
+        return tokens, None  # an error for others to raise
+    real = (mask[:, : tokens.length] != 0).cpu()
+    return (tokens._replace(attention_mask=None), None) if real.all() else (tokens, real)
 
 
 def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
@@ -389,15 +416,16 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
         )
 
 
-def _computed(reader: _Reader, keeps: str) -> Tensor | None:
-    """`bool`, `[batch, length]`: whose states are returned; None for all."""
+def _computed(reader: _Reader, keeps: str, *, real: Tensor | None = None) -> Tensor | None:
+    """`bool`, `[batch, length]`: whose states are returned; None for all. There where `real` is, if it is given."""
     config, tokens = reader.config, reader.tokens
     keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
     if keeps == "all" or keeps_all or config.is_decoder or tokens.has_cache:
         return None
     if tokens.attention_mask is None or tokens.attention_mask.dim() != 2:
         return None
-    real = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
+    if real is None:
+        real = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
     if real is None or config.pattern_per_document or keeps == "real":
         return real
     return real | (torch.arange(tokens.length, device=real.device) == 0)
@@ -434,7 +462,7 @@ def _sparse_part(reader: _Reader) -> SparsePart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_documents(reader: _Reader, computed: Tensor | None) -> tuple[list[Span], bool]:
+def _find_documents(reader: _Reader, keeps: str) -> tuple[list[Span], bool]:
     """The documents to pack, none if packing would save nothing and change nothing; and whether each is read as it is
     alone: counted from its first real token, with a pattern of its own, or in full where it is short enough."""
     config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
@@ -443,10 +471,12 @@ def _find_documents(reader: _Reader, computed: Tensor | None) -> tuple[list[Span
     if tokens.has_documents and tokens.position_ids is not None:
         documents = _documents_of_positions(tokens.position_ids, tokens.batch, tokens.length)
         return _spans(reader, documents, own_patterns=True), True
-    if computed is None or tokens.attention_mask is None or (computed & (tokens.attention_mask == 0)).any():
+    if reader.real is None:
+        return [], False
+    real, computed = reader.real, _computed(reader, keeps, real=reader.real)
+    if computed is None or (computed & ~real).any():
         return [], False
     per_document = config.pattern_per_document
-    real = (tokens.attention_mask != 0).cpu()
     documents = [(row, *_extent(places)) for row, places in enumerate(real.unbind()) if places.any()]
     spans = _spans(reader, documents, own_patterns=per_document)
     block_size = sparsity.block_size if reader.reads_sparsely else 1
@@ -492,10 +522,10 @@ def _spans(reader: _Reader, documents: list[tuple[int, int, int]], own_patterns:
 def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan:
     tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
     _check_length(reader.config, tokens, max(span.length for span in spans) if per_document else tokens.length)
-    packing = _pack(spans, tokens)
+    packing = _pack(spans, reader)
     global_mask = None
     if reader.global_mask is not None:
-        global_mask = reader.global_mask.flatten()[packing.sources] & packing.is_real
+        global_mask = reader.global_mask.cpu().flatten()[packing.sources] & packing.is_real
     alike = [list(group) for _, group in groupby(spans, key=lambda span: span.kind)]
     has_global_tokens = num_extra > 0 or (global_mask is not None and bool(global_mask.any()))
     is_sparse_anywhere = any(span.num_blocks is not None for span in spans)
@@ -513,25 +543,24 @@ def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan
         positions=_positions(reader, spans, per_document),
         choice=choice,
         num_extra=num_extra,
-        packing=packing,
-        row=_row(spans, parts, packing.is_real),
+        packing=packing.to_device(tokens.device),
+        row=_row(spans, parts, packing.is_real, tokens.device),
     )
 
 
-def _pack(spans: list[Span], tokens: Tokens) -> Packing:
-    """Where the tokens of the spans come from."""
+def _pack(spans: list[Span], reader: _Reader) -> Packing:
+    """Where the tokens of the spans come from, on the CPU."""
     total = sum(span.size for span in spans)
     sources, is_real = torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.bool)
     start = 0
     for span in spans:
         taken = slice(start, start + span.length)
-        sources[taken] = torch.arange(span.length) + span.first + span.row * tokens.length
+        sources[taken] = torch.arange(span.length) + span.first + span.row * reader.tokens.length
         is_real[taken] = True
         start += span.size
-    sources, is_real = sources.to(tokens.device), is_real.to(tokens.device)
-    if tokens.attention_mask is not None:
-        is_real = is_real & (tokens.attention_mask != 0).flatten()[sources]
-    return Packing(tuple(spans), sources, is_real)
+    if reader.real is not None:
+        is_real = is_real & reader.real.flatten()[sources]
+    return Packing(tuple(spans), sources, is_real, is_real.nonzero().flatten())
 
 
 def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor:
@@ -546,7 +575,7 @@ def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor
     for span in spans:
         first[span.row] = span.first
     last = None if config.longest_input is None else config.longest_input - 1
-    return (positions - first.to(tokens.device)).clamp(0, last)  # padding gets any
+    return (positions - to_device(first, tokens.device)).clamp(0, last)  # padding gets any
 
 
 def _packed_part(
@@ -556,9 +585,9 @@ def _packed_part(
     config, num_extra, tokens = reader.config, reader.config.num_extra_global_tokens, reader.tokens
     span, where = spans[0], {"start": place.start, "size": place.size, "documents": place.documents}
     key_mask = is_real[place.start : place.end].view(place.documents, place.size)
-    key_mask = None if may_read_values(key_mask) and key_mask.all() else key_mask
+    key_mask = None if key_mask.all() else nn.functional.pad(key_mask, (0, num_extra), value=True)
     if key_mask is not None:
-        key_mask = nn.functional.pad(key_mask, (0, num_extra), value=True)
+        key_mask = to_device(key_mask, tokens.device)
     if span.num_blocks is None:
         places = torch.arange(place.size + num_extra, device=tokens.device)
         mask = reader.full_mask(key_mask, places, batch=place.documents, keys=len(places))
@@ -577,10 +606,12 @@ def _packed_part(
     )
 
 
-def _row(spans: list[Span], parts: Sequence[AnyPart], is_real: Tensor) -> Row | None:
-    """What an engine takes in one go, if it does, and if the documents have one pattern."""
+def _row(spans: list[Span], parts: Sequence[AnyPart], is_real: Tensor, device: torch.device) -> Row | None:
+    """What an engine takes in one go, if it does, and if the documents have one pattern and no global tokens."""
     part = parts[0]
     if len({span.num_blocks for span in spans}) > 1 or not isinstance(part, SparsePart):
+        return None
+    if any(getattr(part, "global_tokens", None) is not None for part in parts):
         return None
     forward, block_size = getattr(part.choice.engine, "forward_documents", None), part.sparsity.block_size
     if forward is None:
@@ -591,5 +622,5 @@ def _row(spans: list[Span], parts: Sequence[AnyPart], is_real: Tensor) -> Row | 
         extents.append((start - span.first_block * block_size, span.first_block, end_block))
         start += span.size
     is_padded = any(getattr(part, "key_mask", None) is not None for part in parts)
-    table = torch.tensor(extents, dtype=torch.int32, device=is_real.device)
-    return Row(forward, part, is_real[None] if is_padded else None, table)
+    table = to_device(torch.tensor(extents, dtype=torch.int32), device)
+    return Row(forward, part, to_device(is_real[None], device) if is_padded else None, table)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..block_lists import blocks_of, join, list_blocks, unread_bias
-from ..common import additive_mask, causal_mask
+from ..caches import cached_up_to
+from ..common import additive_mask, causal_mask, has_free_shapes, to_device
 from ..global_tokens import GlobalTokens, with_middle_blocks
 from ..pattern import BlockPattern
 
@@ -190,21 +191,25 @@ def _piece_bias(tokens: Tensor, slots: Tensor, cached: Tensor, key_mask: Tensor 
 def _tokens_read(pattern: BlockPattern, piece: Piece, rows: Tensor) -> Tensor:
     """The tokens of the blocks that `rows`, `int64`, `[batch or 1, n]`, read, counted from the first real one:
     `int64`, `[batch or 1, n, heads or 1, tokens]`; some may lie behind all that there are."""
-    table = _table(pattern, piece.first_row, piece.end_row).to(rows.device)
+    table = (_table if has_free_shapes() else _kept_table)(pattern, piece.first_row, piece.end_row, rows.device)
     blocks = table[(rows - piece.first_row).clamp(0, table.shape[0] - 1)]
     return (blocks[..., None] * pattern.block_size + torch.arange(pattern.block_size, device=rows.device)).flatten(-2)
 
 
-def _table(pattern: BlockPattern, first: int, end: int) -> Tensor:
+def _table(pattern: BlockPattern, first: int, end: int, device: torch.device) -> Tensor:
     """The blocks that each row from `first` to the one before `end` reads, `int64`, `[rows, heads or 1, blocks]`. Rows
     that read everything up to themselves list more than that: causality hides the rest."""
     num_full = min(max(pattern.num_full - first, 0), end - first)
     lists = pattern.lists(first + num_full, end)
-    if not num_full:
-        return lists
-    full = torch.arange(pattern.num_full).expand(num_full, lists.shape[1], -1)
-    lists = nn.functional.pad(lists, (0, pattern.num_full - lists.shape[2]), value=pattern.num_blocks)
-    return torch.cat((full, lists))
+    if num_full:
+        full = torch.arange(pattern.num_full).expand(num_full, lists.shape[1], -1)
+        lists = nn.functional.pad(lists, (0, pattern.num_full - lists.shape[2]), value=pattern.num_blocks)
+        lists = torch.cat((full, lists))
+    return to_device(lists, device)
+
+
+_kept_table = cached_up_to(32 * 2**20, lambda table: table.nbytes)(torch.inference_mode(False)(_table))
+"""The same, made once for many tokens: all that stand in the same blocks."""
 
 
 def _take(tensor: Tensor, places: Tensor) -> Tensor:

@@ -1,15 +1,22 @@
 """The blocks that each block reads, and those that it is read by, as lists for the Triton kernels to walk over."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..caches import cached_up_to
+from ..common import to_device
 from ..pattern import BlockPattern
 from ..random_blocks import NO_BLOCK
+
+MOST_BYTES = 128 * 2**20
+"""Of the lists that are kept on a GPU: those of twelve layers with random blocks for eighty lengths of 4,096 tokens."""
+
+ALIGNMENT = 4
+"""Numbers: Triton compiles other kernels for tensors that do not begin at a multiple of 16 bytes."""
 
 
 class WalkLists(NamedTuple):
@@ -36,17 +43,53 @@ class WalkLists(NamedTuple):
         return self.starts.shape[1] - 1
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those that it is made of."""
+        return [self.rows, self.starts, self.blocks, self.gains]
+
+    def with_tensors(self, tensors: list[Tensor]) -> "WalkLists":
+        """The same of others."""
+        rows, starts, blocks, gains = tensors
+        return self._replace(rows=rows, starts=starts, blocks=blocks, gains=gains)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it takes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
     def num_shared(self) -> int:
         """How many of the `rows` are parts of long lists."""
         return self.num_long * self.segments if self.segments > 1 else 0
 
 
-@lru_cache(maxsize=256)
-def make_lists(pattern: BlockPattern, segments: int, device: torch.device) -> tuple[WalkLists, WalkLists]:
-    """What blocks read, and what they are read by. Made once for a pattern, as long as a bounded cache holds it."""
+@cached_up_to(MOST_BYTES, lambda both: sum(lists.num_bytes for lists in both))
+def make_lists(
+    pattern: BlockPattern, segments: int, device: torch.device, extra_blocks: int = 0
+) -> tuple[WalkLists, WalkLists]:
+    """What blocks read, and what they are read by, with so many more global blocks behind those of the pattern. Made
+    once for patterns that say the same, as long as a bounded cache holds it."""
+    if extra_blocks:
+        pattern = _with_more_blocks(pattern, extra_blocks)
     head, row, block, count = _count_readings(pattern)
-    kwargs = {"pattern": pattern, "segments": segments, "device": device}
-    return _as_lists(head, row, block, count, **kwargs), _as_lists(head, block, row, count, **kwargs)
+    both = (
+        _as_lists(head, row, block, count, pattern=pattern, segments=segments),
+        _as_lists(head, block, row, count, pattern=pattern, segments=segments),
+    )
+    tensors = iter(_in_one_copy([tensor for lists in both for tensor in lists.tensors], device))
+    reads, read_by = (lists.with_tensors([next(tensors) for _ in lists.tensors]) for lists in both)
+    return reads, read_by
+
+
+def _with_more_blocks(pattern: BlockPattern, count: int) -> BlockPattern:
+    """With so many more global blocks at its end."""
+    random = pattern.random_blocks
+    return replace(
+        pattern,
+        num_blocks=pattern.num_blocks + count,
+        num_trailing=pattern.num_trailing + count,
+        random_blocks=None if random is None else np.pad(random, ((0, 0), (0, count), (0, 0)), constant_values=NO_BLOCK),
+    )
 
 
 def _count_readings(pattern: BlockPattern) -> tuple[np.ndarray, ...]:
@@ -92,7 +135,8 @@ def _sparse_rows(pattern: BlockPattern) -> tuple[int, int]:
     return pattern.first_row, max(pattern.last_row, pattern.first_row)
 
 
-def _as_lists(head, row, block, count, *, pattern, segments, device) -> WalkLists:
+def _as_lists(head, row, block, count, *, pattern: BlockPattern, segments: int) -> WalkLists:
+    """On the CPU."""
     order = np.lexsort((block, row, head))
     shape = (head.max() + 1, pattern.num_blocks)
     ends = np.cumsum(np.bincount(head * shape[1] + row, minlength=shape[0] * shape[1])).reshape(shape)
@@ -100,14 +144,27 @@ def _as_lists(head, row, block, count, *, pattern, segments, device) -> WalkList
     long_rows = _long_rows(pattern)
     others = np.setdiff1d(np.arange(shape[1]), long_rows)
     return WalkLists(
-        rows=_to_device(np.concatenate((np.repeat(long_rows, segments), others)), np.int32, device),
+        rows=_as_tensor(np.concatenate((np.repeat(long_rows, segments), others)), np.int32),
         num_long=len(long_rows),
         segments=segments,
-        starts=_to_device(starts, np.int32, device),
-        blocks=_to_device(block[order], np.int32, device),
-        gains=_to_device(np.log2(count[order]), np.float32, device),
+        starts=_as_tensor(starts, np.int32),
+        blocks=_as_tensor(block[order], np.int32),
+        gains=_as_tensor(np.log2(count[order]), np.float32),
     )
 
 
-def _to_device(array: np.ndarray, dtype, device) -> Tensor:
-    return torch.from_numpy(array.astype(dtype)).to(device)
+def _as_tensor(array: np.ndarray, dtype) -> Tensor:
+    return torch.from_numpy(array.astype(dtype))
+
+
+def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of 32 bits on a device."""
+    sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    buffer = torch.zeros(sum(sizes), dtype=torch.int32)
+    for tensor, place in zip(tensors, buffer.split(sizes), strict=True):
+        place[: tensor.numel()] = tensor.flatten().view(torch.int32)
+    places = to_device(buffer, device).split(sizes)
+    return [
+        place[: tensor.numel()].view(tensor.dtype).view(tensor.shape)
+        for tensor, place in zip(tensors, places, strict=True)
+    ]
