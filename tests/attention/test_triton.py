@@ -1,5 +1,6 @@
 """The Triton kernels against the definition: on a GPU, or on the CPU by Triton's interpreter, which takes its time."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from bigbird_plus import Sparsity
 from bigbird_plus.attention import engines, ops
 from bigbird_plus.attention.engines import Call, choose_engine
+from bigbird_plus.attention.global_tokens import find_global_tokens
 from bigbird_plus.attention.impl import reference
 
 from ..peers import make_model, random_ids
@@ -38,7 +40,7 @@ def everywhere(monkeypatch):
     """Makes the kernels the default engine, also where there is no GPU."""
     monkeypatch.setitem(engines._engines, "triton", triton)
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton, "reason", lambda call: "they know none" if call.has_global_tokens else None)
+        monkeypatch.setattr(triton, "reason", lambda call: None)
 
 
 def random_tensors(batch, length, dim, dtype=torch.float32):
@@ -149,6 +151,56 @@ def test_documents_in_one_row(segments, request):
     check(random_tensors(1, sum(sizes), 16), kernels, definition)
 
 
+def global_tokens(lengths, num_extra, num_tokens):
+    """Documents with so many chosen tokens each, among them some next to each other, in blocks that are global, that
+    some read twice, and that few read; then extra ones behind the blocks."""
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.zeros(len(lengths), num_tokens, dtype=torch.bool)
+    for row, count in zip(chosen, lengths, strict=True):
+        row[torch.randperm(num_tokens, generator=generator)[: count - count // 3]] = True
+        row[3 : 3 + count // 3] = True
+    return chosen.to(DEVICE), num_extra
+
+
+def check_global_tokens(pattern, counts, *, num_extra=0, mask=None, block_size=16, dtype=torch.float32):
+    length = pattern.num_blocks * block_size
+    chosen, num_extra = global_tokens(counts, num_extra, length)
+    if mask is not None:
+        chosen &= mask
+        mask = torch.nn.functional.pad(mask, (0, num_extra), value=True)
+    found = find_global_tokens(chosen, num_extra, len(counts), length, torch.device(DEVICE))
+
+    def kernels(query, key, value):
+        return triton.forward(query, key, value, pattern, mask, found, scaling=0.3)
+
+    def definition(query, key, value):
+        return reference.block_sparse_attention(query, key, value, pattern, mask, found, scaling=0.3)[0]
+
+    check(random_tensors(len(counts), length + num_extra, 16, dtype), kernels, definition)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_single_global_tokens(dtype):
+    check_global_tokens(SMALL.pattern(8), [5, 0], dtype=dtype)
+    check_global_tokens(SMALL.pattern(8, training=True), [3, 18], num_extra=2, dtype=dtype)
+
+
+def test_single_global_tokens_of_blocks_that_are_read_twice():
+    pattern = SMALL.pattern(8, training=True)
+    random_blocks = pattern.random_blocks.copy()
+    random_blocks[0, 1:-1, 0] = [1, 3, 3, 5, 6, 6]  # in the windows of their rows
+    check_global_tokens(replace(pattern, random_blocks=random_blocks), [20])
+
+
+def test_single_global_tokens_among_padding(in_segments):
+    check_global_tokens(WIDE.pattern(11, training=True), [9, 4], num_extra=1, mask=padding(2, 176))
+
+
+def test_extra_tokens_alone_and_other_global_blocks():
+    check_global_tokens(CHOSEN.pattern(9), [0], num_extra=3)
+    check_global_tokens(CHOSEN.pattern(9), [6])
+
+
 def test_results_do_not_vary(in_segments):
     tensors, pattern = random_tensors(1, 8 * 16, 16), SMALL.pattern(8, training=True)
     both = [results(lambda *qkv: triton.forward(*qkv, pattern, scaling=0.3), tensors) for _ in "12"]
@@ -165,7 +217,7 @@ def test_what_has_kernels():
             ({"dtype": torch.float64}, "float64"),
             ({"block_size": 40}, "multiples of 16, not 40"),
             ({"head_dim": 160}, "up to 128 numbers, not 160"),
-            ({"has_global_tokens": True}, "single global tokens"),
+            ({"has_global_tokens": True}, None),
         ):
             found = triton.reason(call._replace(**changes))
             assert found is None if reason is None else reason in found
@@ -234,4 +286,4 @@ def test_engines_by_name(everywhere):
     assert choose_engine("sdpa", call).name == "triton"
     assert choose_engine("eager", call).name == "eager"
     assert choose_engine("flex_attention", call).name == "flex_attention"
-    assert choose_engine("sdpa", call._replace(has_global_tokens=True)).passed_over == {"triton": "they know none"}
+    assert choose_engine("sdpa", call._replace(has_global_tokens=True)).name == "triton"

@@ -7,6 +7,8 @@ lists of the blocks that read each block, so that no two programs write other nu
 vary.
 
 Long lists, those of global blocks, are cut in segments for several programs, whose results are merged.
+
+Single global tokens fill blocks of their own, see `triton_copies`.
 """
 
 from functools import cache
@@ -21,7 +23,15 @@ from ..common import is_exporting, is_transformed
 from ..global_tokens import GlobalTokens
 from ..ops import Reading
 from ..pattern import BlockPattern
-from .triton_kernels import LOG2_E, forward_kernel, key_gradient_kernel, merge_kernel, query_gradient_kernel
+from .triton_copies import Copies
+from .triton_kernels import (
+    HUGE,
+    LOG2_E,
+    forward_kernel,
+    key_gradient_kernel,
+    merge_kernel,
+    query_gradient_kernel,
+)
 from .triton_lists import WalkLists, make_lists
 
 NAME = "triton"
@@ -47,8 +57,6 @@ def reason(call) -> str | None:
         return "graphs that leave the process are made of torch's own operators"
     if is_transformed():
         return "transforms of torch.func take torch's own operators only"
-    if call.has_global_tokens:
-        return "the kernels know no single global tokens"
     if call.dtype is torch.float64:
         return "the kernels compute in 16 or 32 bits, not in float64"
     if call.block_size % TILES[-1]:
@@ -76,8 +84,8 @@ def forward(
     *,
     scaling: float,
 ) -> Tensor:
-    """The context of `reference.forward`, from the same arguments; `global_tokens` must be None."""
-    return ops.attend(NAME, query, key, value, Reading(pattern, scaling, key_mask))
+    """The context of `reference.forward`, from the same arguments."""
+    return ops.attend(NAME, query, key, value, Reading(pattern, scaling, key_mask, global_tokens))
 
 
 def forward_documents(
@@ -102,14 +110,15 @@ def forward_documents(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
     """Contexts and log-sum-exps, see `ops.Kernels`."""
-    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
     call = _make_call(query, reading)
-    output, log_sum_exp = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    inputs = tuple(call.extended(tensor) for tensor in (query, key, value))
+    output, log_sum_exp = torch.empty_like(inputs[0]), inputs[0].new_empty(inputs[0].shape[:-1], dtype=torch.float32)
     parts, lse_parts = _empty_parts(call, output), _empty_parts(call, log_sum_exp)
-    results = (output, log_sum_exp, parts, lse_parts)
-    _launch(forward_kernel, call, call.reads, query, key, value, reading.key_mask, call.documents, *results)
+    _launch(forward_kernel, call, call.reads, *inputs, output, log_sum_exp, parts, lse_parts)
     _merge(call, parts[None], output[None], lse_parts, log_sum_exp)
-    return output, log_sum_exp
+    if call.copies is None:
+        return output, log_sum_exp
+    return call.copies.put_back(output), call.copies.put_back(log_sum_exp)
 
 
 def gradients(
@@ -117,13 +126,18 @@ def gradients(
 ) -> Tensor:
     """Those of queries, keys and values, see `ops.Kernels`."""
     call = _make_call(query, reading)
-    inputs = (*(tensor.contiguous() for tensor in (query, key, value)), reading.key_mask, call.documents)
+    copies = call.copies
+    inputs = tuple(call.extended(tensor) for tensor in (query, key, value))
+    output, log_sum_exp = call.extended(output), call.extended(log_sum_exp)
+    grad = grad.contiguous() if copies is None else copies.move_from(grad)
+    if copies is not None:  # what is no token reads nothing
+        log_sum_exp = log_sum_exp.masked_fill(~call.key_mask[..., None], HUGE.value)
     grads, parts = output.new_empty(3, *output.shape), _empty_parts(call, output, 3)
-    known = (log_sum_exp, grad.contiguous(), torch.empty_like(log_sum_exp))
+    known = (log_sum_exp, grad, torch.empty_like(log_sum_exp))
     _launch(query_gradient_kernel, call, call.reads, *inputs, output, *known, grads[0], parts[0])
     _launch(key_gradient_kernel, call, call.read_by, *inputs, *known, *grads[1:], *parts[1:])
     _merge(call, parts, grads)
-    return grads
+    return grads if copies is None else torch.stack([copies.add_back(tensor) for tensor in grads])
 
 
 ops.KERNELS[NAME] = ops.Kernels(attend, gradients)
@@ -140,6 +154,9 @@ class _Call(NamedTuple):
     """What the kernels of a call have in common.
 
     reads, read_by: the lists of blocks.
+    copies: single global tokens; None for none.
+    key_mask: `bool`, `[batch, length]`, False for padding and for what is no token; None where there is none.
+    read_copies: see `Copies.read_by`.
     documents, num_documents: those that are packed, or None, and how many there are in either case.
     scale: of the scores, to base 2.
     is_causal: whether a token reads no later one.
@@ -148,20 +165,37 @@ class _Call(NamedTuple):
 
     reads: WalkLists
     read_by: WalkLists
+    copies: Copies | None
+    key_mask: Tensor | None
+    read_copies: Tensor | None
     documents: Tensor | None
     num_documents: int
     scale: float
     is_causal: bool
     sizes: dict[str, int]
 
+    def extended(self, tensor: Tensor) -> Tensor:
+        """A tensor of the input, contiguous, with the single global tokens behind it."""
+        return tensor.contiguous() if self.copies is None else self.copies.add_to(tensor)
+
 
 def _make_call(query: Tensor, reading: Reading) -> _Call:
     heads, head_dim = query.shape[2:]
-    pattern, documents = reading.pattern, reading.documents
+    pattern, documents, key_mask = reading.pattern, reading.documents, reading.key_mask
     num_documents = query.shape[0] if documents is None else len(documents)
-    lists = make_lists(pattern, _count_segments(pattern, num_documents * heads), query.device)
+    copies, read_copies, extra_blocks = Copies.of(reading, query.shape[1]), None, 0
+    if copies is not None:
+        extra_blocks, key_mask = copies.num_blocks, copies.key_mask(key_mask)
+    segments = _count_segments(pattern, num_documents * heads)
+    reads, read_by = make_lists(pattern, segments, query.device, extra_blocks)
+    if copies is not None:
+        read_copies = copies.read_by(reads)
     sizes = _sizes(heads, head_dim, pattern.block_size, query.element_size())
-    return _Call(*lists, documents, num_documents, reading.scaling * LOG2_E.value, pattern.is_causal, sizes)
+    scale = reading.scaling * LOG2_E.value
+    return _Call(
+        *(reads, read_by, copies, key_mask, read_copies, documents, num_documents),
+        *(scale, pattern.is_causal, sizes),
+    )
 
 
 @cache
@@ -183,15 +217,16 @@ def _empty_parts(call: _Call, tensor: Tensor, *copies: int) -> Tensor:
     return tensor.new_empty(*copies, call.num_documents, tokens, *tensor.shape[2:], dtype=torch.float32)
 
 
-def _launch(kernel, call: _Call, lists: WalkLists, *tensors: Tensor | None) -> None:
+def _launch(kernel, call: _Call, lists: WalkLists, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> None:
     """Runs a kernel for all lists."""
-    sizes = call.sizes
+    sizes, extra_blocks = call.sizes, 0 if call.copies is None else call.copies.num_blocks
     grid = (call.num_documents * sizes["HEADS"], len(lists.rows) * (sizes["BLOCK"] // sizes["TILE"]))
-    with torch.cuda.device_of(tensors[0]):
+    with torch.cuda.device_of(query):
         kernel[grid](
+            *(query, key, value, call.key_mask, call.read_copies, call.documents),
             *tensors,
-            *(lists.rows, lists.starts, lists.blocks, lists.gains),
-            *(lists.num_blocks, lists.num_long, lists.segments),
+            *lists.tensors,
+            *(lists.num_blocks, lists.num_long, lists.segments, extra_blocks),
             call.scale,
             **sizes,
             LAYOUTS=lists.starts.shape[0],

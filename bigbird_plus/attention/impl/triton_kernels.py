@@ -2,7 +2,8 @@
 
 Tensors are `[batch, length, heads, dim]` and contiguous, log-sum-exps and the like `[batch, length, heads]`. Scores
 are to base 2. A document is a row of the batch or, where `documents` tells them, a part of the only row. The lists of
-blocks are the fields of a `BlockLists`.
+blocks are the fields of a `WalkLists`. Of the last blocks, `extra_blocks`, which hold single global tokens, `copies`
+tells which tokens each block reads, see `Copies.read_by`.
 """
 
 import triton
@@ -53,6 +54,20 @@ def _find_tokens(documents, blocks, step, row, from_block, to_block, BLOCK: tl.c
 
 
 @triton.jit
+def _find_real(
+    key_mask, copies, place, keys, head, row, num_blocks, extra_blocks,
+    HEADS: tl.constexpr, LAYOUTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whether the keys are real tokens and, of those in the last blocks, whether the block `row` reads them."""
+    if copies is None:
+        return tl.load(key_mask + place + keys)
+    first, count = (num_blocks - extra_blocks) * BLOCK, extra_blocks * BLOCK
+    reader = (tl.program_id(0) // HEADS * LAYOUTS + head % LAYOUTS).to(tl.int64) * num_blocks + row
+    real = tl.load(key_mask + place + keys, mask=keys < first, other=0)
+    return real | tl.load(copies + reader * count + keys - first, mask=keys >= first, other=0)
+
+
+@triton.jit
 def _load(tensor, tokens, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """`[tokens, WIDTH]`: vectors of one head, filled up with zeros."""
     columns = tl.arange(0, WIDTH)[None, :]
@@ -89,8 +104,8 @@ def _hide(scores, queries, keys, real, is_there, key_mask, documents, IS_CAUSAL:
 
 @triton.jit
 def forward_kernel(
-    query, key, value, key_mask, documents, output, log_sum_exp, output_parts, log_sum_exp_parts,
-    rows, starts, blocks, gains, num_blocks, num_long, segments, scale,
+    query, key, value, key_mask, copies, documents, output, log_sum_exp, output_parts, log_sum_exp_parts,
+    rows, starts, blocks, gains, num_blocks, num_long, segments, extra_blocks, scale,
     HEADS: tl.constexpr, LAYOUTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +129,11 @@ def forward_kernel(
         v = _load(value + own, keys, STRIDE, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.load(gains + step // TILES)
         if HIDES:
-            real = keys if key_mask is None else tl.load(key_mask + place + keys)
+            real = keys
+            if key_mask is not None:
+                real = _find_real(
+                    key_mask, copies, place, keys, head, row, num_blocks, extra_blocks, HEADS, LAYOUTS, BLOCK
+                )
             scores = _hide(
                 scores, queries[:, None], keys[None, :], real[None, :], is_there, key_mask, documents, IS_CAUSAL
             )
@@ -141,8 +160,8 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, key_mask, documents, output, log_sum_exp, grad_output, delta, grad_query, grad_query_parts,
-    rows, starts, blocks, gains, num_blocks, num_long, segments, scale,
+    query, key, value, key_mask, copies, documents, output, log_sum_exp, grad_output, delta, grad_query, grad_query_parts,
+    rows, starts, blocks, gains, num_blocks, num_long, segments, extra_blocks, scale,
     HEADS: tl.constexpr, LAYOUTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +187,11 @@ def query_gradient_kernel(
         v = _load(value + own, keys, STRIDE, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.load(gains + step // TILES)
         if (IS_CAUSAL or key_mask is not None) or documents is not None:
-            real = keys if key_mask is None else tl.load(key_mask + place + keys)
+            real = keys
+            if key_mask is not None:
+                real = _find_real(
+                    key_mask, copies, place, keys, head, row, num_blocks, extra_blocks, HEADS, LAYOUTS, BLOCK
+                )
             scores = _hide(
                 scores, queries[:, None], keys[None, :], real[None, :], is_there, key_mask, documents, IS_CAUSAL
             )
@@ -185,9 +208,9 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    query, key, value, key_mask, documents, log_sum_exp, grad_output, delta,
+    query, key, value, key_mask, copies, documents, log_sum_exp, grad_output, delta,
     grad_key, grad_value, grad_key_parts, grad_value_parts,
-    rows, starts, blocks, gains, num_blocks, num_long, segments, scale,
+    rows, starts, blocks, gains, num_blocks, num_long, segments, extra_blocks, scale,
     HEADS: tl.constexpr, LAYOUTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -211,9 +234,15 @@ def key_gradient_kernel(
         lse = tl.load(log_sum_exp + (place + queries) * HEADS + head) * LOG2_E
         sums = tl.load(delta + (place + queries) * HEADS + head)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + tl.load(gains + step // TILES)
-        if IS_CAUSAL or documents is not None:  # padded keys are left out at the end
+        if (IS_CAUSAL or documents is not None) or copies is not None:  # padded keys are left out at the end
+            real = keys
+            if copies is not None:
+                reader = tl.load(blocks + step // TILES)
+                real = _find_real(
+                    key_mask, copies, place, keys, head, reader, num_blocks, extra_blocks, HEADS, LAYOUTS, BLOCK
+                )
             scores = _hide(
-                scores, queries[None, :], keys[:, None], keys[:, None], is_there, None, documents, IS_CAUSAL
+                scores, queries[None, :], keys[:, None], real[:, None], is_there, copies, documents, IS_CAUSAL
             )
         weights = tl.exp2(scores - lse[None, :])
         grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
