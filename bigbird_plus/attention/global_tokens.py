@@ -103,6 +103,4 @@ def find_global_tokens(
     extra = torch.arange(length, length + num_extra).expand(batch, -1)
     places = global_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     is_token = torch.cat((global_mask.gather(1, places), torch.ones_like(extra, dtype=torch.bool)), dim=1)
-    return GlobalTokens(
-        to_device(torch.cat((places, extra), dim=1), device), to_device(is_token, device), num_extra
-    )
+    return GlobalTokens(to_device(torch.cat((places, extra), dim=1), device), to_device(is_token, device), num_extra)

@@ -55,7 +55,11 @@ class PretendedGPU(TorchDispatchMode):
             self.counts["blocking copies"] += not kwargs.get("non_blocking", False)
         args, kwargs = tree_map(lambda leaf: leaf.numbers if isinstance(leaf, _OnGPU) else leaf, (args, kwargs))
         result = function(*args, **kwargs)
-        return tree_map(lambda leaf: _OnGPU(leaf) if isinstance(leaf, torch.Tensor) else leaf, result) if is_there else result
+        return (
+            tree_map(lambda leaf: _OnGPU(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+            if is_there
+            else result
+        )
 
 
 def make_pretend(monkeypatch):

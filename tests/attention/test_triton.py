@@ -23,6 +23,7 @@ DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":
     DTYPES.append(torch.bfloat16)  # the interpreter multiplies the bits of these as whole numbers
 SMALL = Sparsity(num_attention_heads=2, block_size=16, num_random_blocks=1)
+ONE_HEAD = Sparsity(num_attention_heads=1, block_size=16, num_random_blocks=1)
 WIDE = Sparsity(
     num_attention_heads=2, block_size=16, num_random_blocks=1, num_sliding_window_blocks=5, num_global_blocks=3
 )
@@ -43,10 +44,10 @@ def everywhere(monkeypatch):
         monkeypatch.setattr(triton, "reason", lambda call: None)
 
 
-def random_tensors(batch, length, dim, dtype=torch.float32):
+def random_tensors(batch, length, dim, dtype=torch.float32, heads=2):
     """Queries, keys, values and the gradient of the context."""
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, length, 2, dim)
+    shape = (batch, length, heads, dim)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype).transpose(1, 2) for _ in range(4)]
 
 
@@ -151,54 +152,45 @@ def test_documents_in_one_row(segments, request):
     check(random_tensors(1, sum(sizes), 16), kernels, definition)
 
 
-def global_tokens(lengths, num_extra, num_tokens):
-    """Documents with so many chosen tokens each, among them some next to each other, in blocks that are global, that
-    some read twice, and that few read; then extra ones behind the blocks."""
-    generator = torch.Generator().manual_seed(1)
-    chosen = torch.zeros(len(lengths), num_tokens, dtype=torch.bool)
-    for row, count in zip(chosen, lengths, strict=True):
-        row[torch.randperm(num_tokens, generator=generator)[: count - count // 3]] = True
-        row[3 : 3 + count // 3] = True
-    return chosen.to(DEVICE), num_extra
-
-
-def check_global_tokens(pattern, counts, *, num_extra=0, mask=None, block_size=16, dtype=torch.float32):
-    length = pattern.num_blocks * block_size
-    chosen, num_extra = global_tokens(counts, num_extra, length)
+def check_global_tokens(pattern, chosen, *, num_extra, mask=None):
+    """`chosen` are the places of each document."""
+    length = pattern.num_blocks * 16
+    is_chosen = torch.zeros(len(chosen), length, dtype=torch.bool, device=DEVICE)
+    for row, places in zip(is_chosen, chosen, strict=True):
+        row[places] = True
     if mask is not None:
-        chosen &= mask
+        is_chosen &= mask
         mask = torch.nn.functional.pad(mask, (0, num_extra), value=True)
-    found = find_global_tokens(chosen, num_extra, len(counts), length, torch.device(DEVICE))
+    tokens = find_global_tokens(is_chosen, num_extra, len(chosen), length, torch.device(DEVICE))
 
     def kernels(query, key, value):
-        return triton.forward(query, key, value, pattern, mask, found, scaling=0.3)
+        return triton.forward(query, key, value, pattern, mask, tokens, scaling=0.3)
 
     def definition(query, key, value):
-        return reference.block_sparse_attention(query, key, value, pattern, mask, found, scaling=0.3)[0]
+        return reference.block_sparse_attention(query, key, value, pattern, mask, tokens, scaling=0.3)[0]
 
-    check(random_tensors(len(counts), length + num_extra, 16, dtype), kernels, definition)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_single_global_tokens(dtype):
-    check_global_tokens(SMALL.pattern(8), [5, 0], dtype=dtype)
-    check_global_tokens(SMALL.pattern(8, training=True), [3, 18], num_extra=2, dtype=dtype)
+    check(random_tensors(len(chosen), length + num_extra, 16, heads=1), kernels, definition)
 
 
-def test_single_global_tokens_of_blocks_that_are_read_twice():
-    pattern = SMALL.pattern(8, training=True)
+def test_single_global_tokens(in_segments):
+    """Some in a global block, some in one that a row reads twice, some in one that few read; more in one document than
+    in another, among padding."""
+    pattern = ONE_HEAD.pattern(6, training=True)
     random_blocks = pattern.random_blocks.copy()
-    random_blocks[0, 1:-1, 0] = [1, 3, 3, 5, 6, 6]  # in the windows of their rows
-    check_global_tokens(replace(pattern, random_blocks=random_blocks), [20])
+    random_blocks[0, 1:-1, 0] = [1, 3, 1, 4]  # those of rows 1, 2 and 4 are in their windows
+    mask = torch.rand(2, 96, generator=torch.Generator().manual_seed(0)) < 0.8
+    mask[1, 48:] = False
+    chosen = [[2, 17, 18, 50, 61, 66, 95], [1, 21, 90]]
+    pattern = replace(pattern, random_blocks=random_blocks)
+    check_global_tokens(pattern, chosen, num_extra=2, mask=mask.to(DEVICE))
 
 
-def test_single_global_tokens_among_padding(in_segments):
-    check_global_tokens(WIDE.pattern(11, training=True), [9, 4], num_extra=1, mask=padding(2, 176))
+def test_extra_tokens_alone():
+    check_global_tokens(replace(ONE_HEAD, global_block_indices=(0, 2, -1)).pattern(5), [[]], num_extra=3)
 
 
-def test_extra_tokens_alone_and_other_global_blocks():
-    check_global_tokens(CHOSEN.pattern(9), [0], num_extra=3)
-    check_global_tokens(CHOSEN.pattern(9), [6])
+def test_more_single_global_tokens_than_a_block_has():
+    check_global_tokens(ONE_HEAD.pattern(5), [[*range(20, 40), 70]], num_extra=0)
 
 
 def test_results_do_not_vary(in_segments):

@@ -217,7 +217,9 @@ def _empty_parts(call: _Call, tensor: Tensor, *copies: int) -> Tensor:
     return tensor.new_empty(*copies, call.num_documents, tokens, *tensor.shape[2:], dtype=torch.float32)
 
 
-def _launch(kernel, call: _Call, lists: WalkLists, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> None:
+def _launch(
+    kernel, call: _Call, lists: WalkLists, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
+) -> None:
     """Runs a kernel for all lists."""
     sizes, extra_blocks = call.sizes, 0 if call.copies is None else call.copies.num_blocks
     grid = (call.num_documents * sizes["HEADS"], len(lists.rows) * (sizes["BLOCK"] // sizes["TILE"]))

@@ -94,7 +94,11 @@ class Copies(NamedTuple):
         found = pairs[torch.searchsorted(pairs, asked).clamp(max=len(pairs) - 1)] == asked
         unread = ~found & self.is_chosen[:, None]
         missing = self.num_blocks * self.block_size - self.num_extra - count
-        table = (unread.new_ones(batch, len(readers), self.num_extra), unread, unread.new_zeros(batch, len(readers), missing))
+        table = (
+            unread.new_ones(batch, len(readers), self.num_extra),
+            unread,
+            unread.new_zeros(batch, len(readers), missing),
+        )
         return torch.cat(table, dim=2).view(batch, layouts, num_blocks, -1)
 
     @property

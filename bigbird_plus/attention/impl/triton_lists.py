@@ -88,7 +88,9 @@ def _with_more_blocks(pattern: BlockPattern, count: int) -> BlockPattern:
         pattern,
         num_blocks=pattern.num_blocks + count,
         num_trailing=pattern.num_trailing + count,
-        random_blocks=None if random is None else np.pad(random, ((0, 0), (0, count), (0, 0)), constant_values=NO_BLOCK),
+        random_blocks=None
+        if random is None
+        else np.pad(random, ((0, 0), (0, count), (0, 0)), constant_values=NO_BLOCK),
     )
 
 
