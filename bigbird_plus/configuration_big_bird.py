@@ -116,9 +116,10 @@ class BigBirdConfig(PretrainedConfig):
             the same random blocks as before.
         random_blocks (`str`, *optional*): random blocks that all layers read, in training and in evaluation, instead
             of drawing them: the numbers of the blocks between spaces, the rows that read them between commas, heads
-            between semicolons (one for all unless `different_layout_per_head`), as in `",,,1,0 2"`. Rows behind the
-            last read as the first ones do, so many blocks further on. Inputs are then read sparsely however short
-            they are. GENA-LM's checkpoints are like that. Encoders only.
+            between semicolons (one for all unless `different_layout_per_head`), as in `",,,0,0 2"`. Blocks that a row
+            reads anyway may be named, too, and are read once. Rows behind the last read as the first ones do, so many
+            blocks further on. Inputs are then read sparsely however short they are. GENA-LM's checkpoints are like
+            that. Encoders only.
         position_embedding_type (`str`, defaults to `"absolute"`): `"absolute"` positions are learned and added to the
             embeddings; `"rotary"` ones turn queries and keys. With these there is no longest input:
             `max_position_embeddings` is the length for which random blocks are drawn, and nothing else.

@@ -178,6 +178,8 @@ def _pattern_of(fields: tuple, middle_blocks: tuple, random: tuple | None) -> Bl
         middle_blocks=middle_blocks,
         first_block_extra=first_block_extra,
         num_full=num_full,
-        random_blocks=None if random is None else np.frombuffer(random[0], dtype=np.int64).reshape(random[1]),
+        random_blocks=None
+        if random is None
+        else np.frombuffer(bytearray(random[0]), dtype=np.int64).reshape(random[1]),
         is_causal=bool(is_causal),
     )

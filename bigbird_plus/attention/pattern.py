@@ -96,9 +96,10 @@ class Sparsity:
     @property
     def full_attention_length(self) -> int:
         """The longest input, in tokens, that is read in full: blocks of all kinds and as many random ones again. With
-        `random_blocks` the pattern holds at all lengths, and this is what is all in one window."""
+        `random_blocks` the pattern holds at all lengths, and this is what it reads in full in any case."""
         if self.random_blocks is not None:
-            return (1 + self.num_sliding_window_blocks // 2) * self.block_size
+            num_global = self.num_global_blocks if self.global_block_indices is None else 0
+            return max(1 + self.num_sliding_window_blocks // 2, num_global) * self.block_size
         num_global = self.num_global_blocks
         if self.global_block_indices is not None:
             num_global = len(set(self.global_block_indices))
@@ -419,7 +420,10 @@ def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) ->
 def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarray:
     """The random blocks of a pattern that has none yet."""
     if sparsity.random_blocks is not None:
-        return repeat_random_blocks(sparsity.own_plan(), pattern.num_blocks)
+        plan = repeat_random_blocks(sparsity.own_plan(), pattern.num_blocks)
+        distance = plan - np.arange(pattern.num_blocks)[:, None]
+        is_in_window = (distance >= -pattern.before) & (distance <= pattern.after)
+        return np.where(is_in_window | np.isin(plan, pattern.global_blocks), NO_BLOCK, plan)
     if sparsity.is_original_shape:
         return draw_random_blocks(
             num_heads=sparsity.num_layouts,

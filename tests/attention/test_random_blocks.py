@@ -182,14 +182,20 @@ def test_written_and_read_again():
 
 
 def test_longer_inputs_repeat_them_and_shorter_ones_cut_them():
-    sparsity = Sparsity(2, global_block_indices=[0], num_random_blocks=2, random_blocks=",,0,1 3;,3,,")
+    sparsity = Sparsity(2, global_block_indices=[0, 7], num_random_blocks=2, random_blocks=",,0,1 3;,3,,")
     blocks = sparsity.pattern(10).random_blocks
-    assert blocks[0].tolist() == [
-        [-1, -1], [-1, -1], [0, -1], [1, 3], [-1, -1], [-1, -1], [4, -1], [5, 7], [-1, -1], [-1, -1]
-    ]  # fmt: skip
-    assert blocks[1, 5].tolist() == [7, -1]
-    assert blocks[1, 9].tolist() == [-1, -1]  # 11 is none
-    assert sparsity.pattern(3).random_blocks[1, 1].tolist() == [-1, -1]
+    drawn = [[block for block in row if block != NO_BLOCK] for row in blocks[0].tolist()]
+    assert drawn == [[], [], [], [1], [], [], [4], [5], [], []]  # 0 and 7 are global, 3 is in the window
+    assert blocks[1, :, 0].tolist() == [-1, 3, -1, -1, -1, -1, -1, -1, -1, -1]  # there is no block 11
+    assert sparsity.pattern(3).random_blocks.max() == NO_BLOCK
+    assert sparsity.pattern(10).counts.max() == 1
+
+
+def test_what_they_read_in_full_in_any_case():
+    blocks = {"num_random_blocks": 1, "random_blocks": ",,,,", "different_layout_per_head": False}
+    assert Sparsity(2, num_sliding_window_blocks=5, **blocks).full_attention_length == 3 * 64
+    assert Sparsity(2, num_global_blocks=4, **blocks).full_attention_length == 4 * 64
+    assert Sparsity(2, global_block_indices=[1, 3, 5], **blocks).full_attention_length == 2 * 64
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -199,7 +205,6 @@ def test_all_layers_read_them_in_training_and_in_evaluation(shape, training):
     pattern = sparsity.pattern(8, training=training)
     assert sparsity.pattern(8, layer_idx=3, training=training) is pattern
     assert (pattern.first_block_extra, pattern.counts[0, 5, 2]) == (0, 1)
-    assert sparsity.full_attention_length == 2 * 64
 
 
 @pytest.mark.parametrize(
