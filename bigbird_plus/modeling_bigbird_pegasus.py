@@ -53,6 +53,7 @@ OWN_FIELDS = (
     "different_layout_per_head",
     "eval_random_blocks",
     "pattern_per_document",
+    "random_blocks",
     "random_plan_positions",
 )
 """Fields of `BigBirdConfig` that a `BigBirdPegasusConfig` may have, too, with the same meanings and defaults."""

@@ -12,6 +12,8 @@ from bigbird_plus import modeling_bigbird_pegasus as ours
 from bigbird_plus.cli import main
 from bigbird_plus.demo import document
 
+from .peers import own_random_blocks
+
 HEADS = ["Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQuestionAnswering"]
 SHORT, LONG = 100, 250  # up to 112 tokens are read in full
 
@@ -144,8 +146,10 @@ def test_probabilities():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "merged", "gather"])
-def test_every_implementation_gives_the_same(implementation):
-    _, own = make_pair()
+@pytest.mark.parametrize("fields", [{}, {"random_blocks": own_random_blocks(2, 9, 1)}], ids=["drawn", "own"])
+def test_every_implementation_gives_the_same(implementation, fields):
+    _, own = make_pair(**fields)
+    assert own.model.encoder.settings.random_blocks == fields.get("random_blocks")
     inputs = make_inputs() | {"decoder_input_ids": torch.randint(3, 120, (2, 9))}
     with torch.no_grad():
         assert own.config._attn_implementation == "eager"
