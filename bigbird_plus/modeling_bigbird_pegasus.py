@@ -177,23 +177,23 @@ class BigBirdPegasusPreTrainedModel(BuiltInPreTrainedModel):
         """The attention implementation for the one that is asked for: by default `"eager"`, as in transformers."""
         return super().get_correct_attn_implementation(requested_attention or "eager", *args, **kwargs)
 
-    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs) -> None:
+    def tie_weights(self, *args, **kwargs) -> None:
         """As in all models of transformers; and gives encoder and decoder, where a file lacks their embeddings, copies
         of `shared`: with `tie_word_embeddings=False`, transformers 4 writes the three as one, and reads them no more.
 
         Which ones a file lacks, version 5 tells (`missing_keys`); with version 4 they are still without numbers.
         Before it reads the file they are one, so that it takes none to be new."""
-        super().tie_weights(**kwargs, **({} if missing_keys is None else {"missing_keys": missing_keys}))
-        model = self.base_model
+        super().tie_weights(*args, **kwargs)
+        model, missing_keys = self.base_model, kwargs.get("missing_keys") or set()
         if not isinstance(model, BigBirdPegasusModel):
             return
         for part in ("encoder", "decoder"):
             embeddings = getattr(model, part).embed_tokens
             name = f"{'' if model is self else 'model.'}{part}.embed_tokens.weight"
-            if embeddings.weight.is_meta or name in (missing_keys or ()):
+            if embeddings.weight.is_meta or name in missing_keys:
                 shared = model.shared.weight
                 embeddings.weight = shared if shared.is_meta else nn.Parameter(shared.detach().clone())
-                (missing_keys or set()).discard(name)
+                missing_keys.discard(name)
 
     def set_attention_type(self, value: str) -> None:
         """Chooses which tokens of a document read which, from the next call on: `"block_sparse"` or

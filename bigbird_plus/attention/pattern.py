@@ -127,8 +127,8 @@ class Sparsity:
 
     def pattern(self, num_blocks: int, *, layer_idx: int = 0, training: bool = False) -> "BlockPattern":
         """The pattern of one layer for an input of `num_blocks` blocks. Made once, then taken from a bounded cache."""
-        is_replaced = self.is_original_shape and not (training or self.eval_random_blocks)
-        random = self.num_random_blocks > 0 and (self.random_blocks is not None or not is_replaced)
+        reads_first_block = self.is_original_shape and not (training or self.eval_random_blocks)
+        random = self.num_random_blocks > 0 and (self.random_blocks is not None or not reads_first_block)
         if self.random_blocks is not None:
             layer_idx = 0  # all layers read the same
         if not torch.compiler.is_compiling():
