@@ -5,13 +5,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from threading import Lock
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def cached_up_to(most_bytes: int, size: Callable[[T], int]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def cached_up_to(most_bytes: int, size: Callable[[Any], int]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """`functools.lru_cache` for results that take up to `most_bytes` together, as `size` tells of each. The latest is
     kept in any case. Safe to use from several threads."""
 

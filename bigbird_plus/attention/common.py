@@ -43,8 +43,8 @@ def may_read_values(tensor: Tensor) -> bool:
 def may_wait_for(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values even if it has to wait for a GPU to do so, which is for decisions
     that are worth that, once a call. Not on a stream of the caller's own: CUDA graphs are captured there and, before
-    that, warmed up. While they are captured values are not known and kernels cannot be loaded, so that the warm-up must
-    have run the very same ones."""
+    that, warmed up. While they are captured values are not known, and kernels cannot be loaded, so that the warm-up
+    must have run the very same ones."""
     if tensor.is_meta or is_tracing() or is_transformed():
         return False
     return not tensor.is_cuda or _is_on_default_stream(tensor.device)

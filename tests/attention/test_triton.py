@@ -1,5 +1,8 @@
 """The Triton kernels against the definition: on a GPU, or on the CPU by Triton's interpreter, which takes its time."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -196,6 +199,17 @@ def test_extra_tokens_alone():
 
 def test_more_single_global_tokens_than_a_block_has():
     check_global_tokens(ONE_HEAD.pattern(5), [[*range(20, 40), 70]], num_extra=0)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_that_are_not_there(tmp_path):
+    """The interpreter takes what the compiler does not. In a process of its own, for it is one or the other."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.attention.compile_kernels", "80", "120"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bytes shared") == 2 * (3 + 5 + 5)  # lists of decoders have no segments to merge
 
 
 def test_results_do_not_vary(in_segments):

@@ -130,7 +130,7 @@ def gradients(
     inputs = tuple(call.extended(tensor) for tensor in (query, key, value))
     output, log_sum_exp = call.extended(output), call.extended(log_sum_exp)
     grad = grad.contiguous() if copies is None else copies.move_from(grad)
-    if copies is not None:  # what is no token reads nothing
+    if copies is not None and call.key_mask is not None:  # what is no token reads nothing
         log_sum_exp = log_sum_exp.masked_fill(~call.key_mask[..., None], HUGE.value)
     grads, parts = output.new_empty(3, *output.shape), _empty_parts(call, output, 3)
     known = (log_sum_exp, grad, torch.empty_like(log_sum_exp))

@@ -60,11 +60,13 @@ def _find_real(
 ):  # fmt: skip
     """Whether the keys are real tokens and, of those in the last blocks, whether the block `row` reads them."""
     if copies is None:
-        return tl.load(key_mask + place + keys)
-    first, count = (num_blocks - extra_blocks) * BLOCK, extra_blocks * BLOCK
-    reader = (tl.program_id(0) // HEADS * LAYOUTS + head % LAYOUTS).to(tl.int64) * num_blocks + row
-    real = tl.load(key_mask + place + keys, mask=keys < first, other=0)
-    return real | tl.load(copies + reader * count + keys - first, mask=keys >= first, other=0)
+        real = tl.load(key_mask + place + keys)
+    else:
+        first, count = (num_blocks - extra_blocks) * BLOCK, extra_blocks * BLOCK
+        reader = (tl.program_id(0) // HEADS * LAYOUTS + head % LAYOUTS).to(tl.int64) * num_blocks + row
+        real = tl.load(key_mask + place + keys, mask=keys < first, other=0)
+        real = real | tl.load(copies + reader * count + keys - first, mask=keys >= first, other=0)
+    return real
 
 
 @triton.jit
@@ -160,7 +162,8 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, key_mask, copies, documents, output, log_sum_exp, grad_output, delta, grad_query, grad_query_parts,
+    query, key, value, key_mask, copies, documents, output, log_sum_exp, grad_output, delta,
+    grad_query, grad_query_parts,
     rows, starts, blocks, gains, num_blocks, num_long, segments, extra_blocks, scale,
     HEADS: tl.constexpr, LAYOUTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,

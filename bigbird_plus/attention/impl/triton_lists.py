@@ -13,7 +13,7 @@ from ..pattern import BlockPattern
 from ..random_blocks import NO_BLOCK
 
 MOST_BYTES = 128 * 2**20
-"""Of the lists that are kept on a GPU: those of twelve layers with random blocks for eighty lengths of 4,096 tokens."""
+"""Of the lists that are kept on GPUs: those of twelve layers with random blocks for eighty lengths of 4,096 tokens."""
 
 ALIGNMENT = 4
 """Numbers: Triton compiles other kernels for tensors that do not begin at a multiple of 16 bytes."""
