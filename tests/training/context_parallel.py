@@ -198,10 +198,18 @@ def make(name="BigBirdModel", *, training=False, dtype=torch.float64, checkpoint
     return model
 
 
-def plain(length=LENGTH, batch=2, **masks):
+def plain(length=LENGTH, batch=2, documents=None, **masks):
     """Inputs of `BigBirdModel`."""
+    if documents is not None:
+        batch, length = len(documents), sum(documents[0])
+        masks["position_ids"] = lambda *shape: torch.stack([positions_of(row) for row in documents])
     made = {("attention_mask" if key == "mask" else key): mask(batch, length) for key, mask in masks.items()}
     return {"input_ids": random_ids(batch, length), **made}
+
+
+def positions_of(lengths):
+    """Those of a row of documents."""
+    return torch.cat([torch.arange(length) for length in lengths])
 
 
 def labelled(name, mask=None):
@@ -241,7 +249,25 @@ DECODERS = {
     "decoder, short": ({"is_decoder": True}, {"length": 61}),
     "decoder without random blocks": ({"is_decoder": True, "num_random_blocks": 0}, {}),
 }
-MODELS = {**ENCODERS, **DECODERS}
+# Of two processes or four some share the first document or the third, and some none: those up to 88 stay whole.
+ROW = [130, 7, 96, 41, 1]
+DOCUMENTS = {
+    "documents": ({}, {"documents": [ROW]}),
+    "documents in training": ({"training": True, "checkpointing": True}, {"documents": [ROW]}),
+    "documents in two rows": ({}, {"documents": [ROW, [100, 175]]}),
+    "documents, extra and chosen tokens": (
+        {"num_extra_global_tokens": 3},
+        {"documents": [ROW], "global_attention_mask": chosen_tokens},
+    ),
+    "documents, full": ({"attention_type": "original_full"}, {"documents": [ROW]}),
+    "documents, rotary": ({"position_embedding_type": "rotary"}, {"documents": [ROW]}),
+    "documents of a decoder": ({"is_decoder": True, "training": True}, {"documents": [ROW]}),
+    "documents of a full decoder": ({"is_decoder": True, "attention_type": "original_full"}, {"documents": [ROW]}),
+    "fewer documents than processes": ({"num_extra_global_tokens": 3}, {"documents": [[5, 3]]}),
+    "patterns per document": ({"pattern_per_document": True, "training": True}, {"mask": right_padding}),
+    "patterns per document, padded left": ({"pattern_per_document": True}, {"mask": left_padding, "length": 275}),
+}
+MODELS = {**ENCODERS, **DECODERS, **DOCUMENTS}
 SHARED_BY_FOUR = ("training", "right padding", "very short", "extra and chosen tokens", "decoder, padded")
 
 
