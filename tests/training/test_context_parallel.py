@@ -24,7 +24,9 @@ def found(tmp_path_factory):
     return {size: torch.load(folder / f"{size}.pt") for size in (2, 4)}
 
 
-EXACT = [*context_parallel.MODELS, *TASK_MODELS, "sparse prediction"]
+WITH_DOCUMENTS = [f"{name}, documents" for name in context_parallel.DOCUMENT_MODELS]
+IN_FLOAT32 = ("float32", "BigBirdForCausalLM, documents")  # transformers computes the loss of the latter so
+EXACT = [*context_parallel.MODELS, *TASK_MODELS, *WITH_DOCUMENTS, "sparse prediction"]
 
 
 class TestProcesses:
@@ -32,7 +34,7 @@ class TestProcesses:
         ("size", "name"), [(2, name) for name in EXACT] + [(4, name) for name in context_parallel.SHARED_BY_FOUR]
     )
     def test_outputs_and_gradients_are_those_of_one(self, size, name, found):
-        case, tolerance = found[size][name], 1e-5 if name == "float32" else 1e-12
+        case, tolerance = found[size][name], 1e-5 if name in IN_FLOAT32 else 1e-12
         assert case["outputs"] < tolerance
         assert case["gradients"] < tolerance
         assert case["is_same_everywhere"]
@@ -89,14 +91,9 @@ class TestOneProcess:
         ("settings", "inputs", "match"),
         [
             ({}, {"output_attentions": True}, "output_attentions"),
-            ({}, {"position_ids": torch.arange(203)[None] % 101}, "position_ids .* documents"),
+            ({}, {"output_attentions": True, "position_ids": torch.arange(203)[None] % 51}, "output_attentions"),
             ({"is_decoder": True}, {"use_cache": True}, "use_cache"),
             ({"is_decoder": True}, {"attention_mask": (torch.arange(203) > 9).long()[None]}, "begins with zeros"),
-            (
-                {"pattern_per_document": True},
-                {"attention_mask": (torch.arange(203) < 190).long()[None]},
-                "pattern_per_document",
-            ),
             (
                 {"is_decoder": True, "add_cross_attention": True},
                 {"encoder_hidden_states": torch.zeros(1, 5, 32)},
