@@ -212,5 +212,10 @@ def _columns(owners: Tensor, packing: Packing, processes: Processes) -> Columns:
     sent = [places[:, run][owners[:, run] == rank] for run in runs]
     own = owners[:, runs[rank]].flatten()
     received = [(own == other).nonzero().flatten() for other in range(processes.size)]
-    counts = ([len(tensor) for tensor in tensors] for tensors in (sent, received))
-    return Columns(bounds, torch.cat(sent).to(device), *counts, torch.cat(received).to(device))
+    return Columns(
+        bounds,
+        computed=torch.cat(sent).to(device),
+        sent=[len(tokens) for tokens in sent],
+        received=[len(tokens) for tokens in received],
+        places=torch.cat(received).to(device),
+    )

@@ -260,7 +260,7 @@ DECODERS = {
 ROW = [130, 7, 96, 41, 1]
 DOCUMENTS = {
     "documents in training": ({"training": True, "checkpointing": True}, {"documents": [ROW]}),
-    "documents in two rows": ({"position_embedding_type": "rotary"}, {"documents": [ROW, [100, 175]]}),
+    "documents in two rows": ({"position_embedding_type": "rotary"}, {"documents": [[100, 175], ROW]}),
     "documents, extra and chosen tokens": (
         {"num_extra_global_tokens": 3},
         {"documents": [ROW], "global_attention_mask": chosen_tokens},
