@@ -80,6 +80,18 @@ class TestOneProcess:
         assert (processes.rank, processes.size, processes.bytes_sent) == (0, 1, 0)
         torch.testing.assert_close(shared.last_hidden_state, model(ids).last_hidden_state)
 
+    @pytest.mark.parametrize("positions", [None, torch.arange(203)[None] % 120])
+    def test_a_layer_may_read_in_full(self, positions, mesh):
+        model, ids = make_model(), random_ids(1, 203)
+        sparse = model(ids, position_ids=positions).last_hidden_state
+        model.encoder.layer[0].set_attention_type("original_full")
+        expected = model(ids, position_ids=positions, output_hidden_states=True)
+        with bigbird_plus.context_parallel(mesh["cp"]):
+            shared = model(ids, position_ids=positions, output_hidden_states=True)
+        for found, states in zip(shared.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(found, states)
+        assert not torch.allclose(shared.last_hidden_state, sparse, atol=1e-3)
+
     def test_refuses_a_mesh_of_two(self, mesh):
         with (
             pytest.raises(ValueError, match=r"one dimension, but has 2.*mesh\['cp'\]"),
