@@ -28,8 +28,8 @@ def measure(settings: Settings, size: int) -> dict:
 
     Returns:
         What `--json` writes. `results`, a dictionary for each length: `bytes_sent` (of a layer, by each process: those
-        with global blocks send more), `bytes_of_ring` and `bytes_of_all_gather` (computed), `seconds_per_layer` (the median) and
-        `peak_bytes` (the most of any process, beyond its model; None where it is not told).
+        with global blocks send more), `bytes_of_ring` and `bytes_of_all_gather` (computed), `seconds_per_layer` (the
+        median) and `peak_bytes` (the most of any process, beyond its model; None where it is not told).
 
     Raises:
         ValueError: if there are too few processes, or GPUs.
