@@ -17,13 +17,7 @@ from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache,
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
 from .attention.common import chunks, is_exporting, may_read_values, per_chunk
-from .attention.documents import (
-    Flattened,
-    document_positions,
-    first_tokens,
-    holds_documents,
-    uncompiled_for_documents,
-)
+from .attention.documents import Flattened, document_positions, holds_documents, uncompiled_for_documents
 from .attention.impl.flash_cpu import Stream, is_streamable
 from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
@@ -120,24 +114,6 @@ def refuse_empty(inputs: Tensor) -> None:
     """Raises a `ValueError` unless there is a token."""
     if inputs.shape[1] == 0:
         raise ValueError("The input has the length 0. Give at least one token.")
-
-
-def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
-    """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
-    the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
-    if not config.pattern_per_document or attention_mask is None or attention_mask.dim() != 2:
-        return torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
-    return (attention_mask != 0).int().argmax(dim=-1)
-
-
-def first_states(states: Tensor, attention_mask: Tensor | None, config, position_ids: Tensor | None = None) -> Tensor:
-    """`[documents, hidden_size]`: the state of each document's first token. `position_ids` is given if rows hold
-    several documents, in which each starts anew; otherwise there is one in each row."""
-    if position_ids is not None:
-        return states[first_tokens(position_ids, states.shape[0])]
-    if not config.pattern_per_document:
-        return states[:, 0]
-    return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
 SHARE_OF_MASK_TOKENS = 0.15 * 0.8
@@ -1044,7 +1020,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
-                plan.first_states(outputs.last_hidden_state), attention_mask, position_ids if has_documents else None
+                plan, outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
             ),
             **outputs,
         )
@@ -1113,10 +1089,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _uses_pooler(self) -> bool:
         return self.pooler is not None and not self.pooler_is_idle
 
-    def _pool(self, hidden_states, attention_mask, position_ids):
+    def _pool(self, plan, hidden_states, attention_mask, position_ids):
         if self.pooler is None:
             return None
-        return self.activation(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
+        states = plan.first_states(hidden_states, attention_mask, self.config, position_ids)
+        return self.activation(self.pooler(states))
 
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""
