@@ -9,7 +9,7 @@ process to process.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeGuard
@@ -26,7 +26,7 @@ from .attention.common import (
     is_transformed,
     per_chunk,
 )
-from .int8 import Int8Linear
+from .int8 import Int8Linear, products
 
 
 class TanhGELU(nn.Module):
@@ -58,6 +58,14 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
     if activation is not None:
         states = activation(states)
     return states if residual is None else states + residual
+
+
+def linears(layers: Sequence[nn.Module], states: Tensor) -> list[Tensor]:
+    """`[linear(layer, states) for layer in layers]`, of layers with as many inputs. Those in int8 quantize the states
+    once."""
+    if all(type(layer) is Int8Linear and not is_watched(layer) for layer in layers):
+        return products(layers, states)
+    return [linear(layer, states) for layer in layers]
 
 
 def _product(layer, states, activation, residual):

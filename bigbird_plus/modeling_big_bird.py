@@ -32,7 +32,7 @@ from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .cpu import TanhGELU, in_chunks, is_watched, linear
+from .cpu import TanhGELU, in_chunks, is_watched, linear, linears
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -297,8 +297,7 @@ class BigBirdSelfAttention(nn.Module):
             past_key_values = past_key_values.self_attention_cache
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         rotation = self._rotation(hidden_states, attention_mask, past_key_values, cache_position, cache_idx)
-        query = self.queries(hidden_states, rotation)
-        key, value = self.keys_and_values(hidden_states, rotation)
+        query, key, value = self.queries_keys_and_values(hidden_states, rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, cache_idx, {"cache_position": cache_position})
         return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
@@ -371,9 +370,17 @@ class BigBirdSelfAttention(nn.Module):
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
         return self._split_heads(linear(self.query, states), rotation)
 
+    def queries_keys_and_values(
+        self, states: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All three in the shape of the queries. Values are not turned."""
+        query, key, value = linears((self.query, self.key, self.value), states)
+        return self._split_heads(query, rotation), self._split_heads(key, rotation), self._split_heads(value)
+
     def keys_and_values(self, states: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """Both in the shape of the queries. Values are not turned."""
-        return self._split_heads(linear(self.key, states), rotation), self._split_heads(linear(self.value, states))
+        """The latter two."""
+        key, value = linears((self.key, self.value), states)
+        return self._split_heads(key, rotation), self._split_heads(value)
 
     def _split_heads(self, states: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`, turned."""
