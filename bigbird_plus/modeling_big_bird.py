@@ -32,7 +32,7 @@ from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .cpu import TanhGELU, in_chunks, is_watched, linear, linears
+from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -451,8 +451,12 @@ class BigBirdOutput(nn.Module):
 
     def _project(self, states, residual):
         if self.dropout.training:
-            return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
+            return self.add(linear(self.dense, states), residual)
         return self.LayerNorm(linear(self.dense, states, residual=residual))
+
+    def add(self, projected: Tensor, residual: Tensor) -> Tensor:
+        """What follows the projection."""
+        return self.LayerNorm(self.dropout(projected) + residual)
 
 
 class BigBirdSelfOutput(BigBirdOutput):
@@ -586,7 +590,18 @@ class BigBirdLayer(GradientCheckpointingLayer):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
-        return self.output(self.intermediate(self.LayerNorm(attention_output)), attention_output)
+        states = self.LayerNorm(attention_output)
+        if self._trains_as_one(states):
+            return self.output.add(feed_forward(self.intermediate.dense, self.output.dense, states), attention_output)
+        return self.output(self.intermediate(states), attention_output)
+
+    def _trains_as_one(self, states):
+        intermediate, output = self.intermediate, self.output
+        if type(intermediate) is not BigBirdIntermediate or type(output) is not BigBirdOutput:
+            return False
+        if is_watched(intermediate) or is_watched(output):
+            return False
+        return trains_as_one(intermediate.dense, intermediate.intermediate_act_fn, output.dense, states)
 
     @property
     def attention_type(self) -> str:

@@ -71,7 +71,7 @@ def everybody():
             yield name, train
 
 
-@pytest.mark.parametrize(("name", "train"), everybody())
+@pytest.mark.parametrize(("name", "train"), list(everybody()))
 def test_contestants_run(name, train):
     """Each is of the same width, and has positions enough for a length that is no multiple of anybody's blocks."""
     settings = bench.Settings((767,), train=train, layers=1)
