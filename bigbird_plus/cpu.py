@@ -301,7 +301,9 @@ def trains_as_one(first: nn.Module, activation, second: nn.Module, states: Tenso
         return False
     if forward_ad.unpack_dual(states).tangent is not None:
         return False
-    return all(_is_plain(layer) and _suits(layer.weight, states) for layer in (first, second))
+    if not all(_is_plain(layer) and _suits(layer.weight, states) for layer in (first, second)):
+        return False
+    return any(tensor.requires_grad for tensor in (states, *first.parameters(), *second.parameters()))
 
 
 def feed_forward(first: nn.Linear, second: nn.Linear, states: Tensor) -> Tensor:
@@ -319,7 +321,9 @@ class _FeedForward(torch.autograd.Function):
         product = multiply(states, first, first_bias)
         activated = torch.empty_like(product)
         _tanh_gelu_and_derivative(product, activated)
-        ctx.save_for_backward(states, first, first_bias, second, second_bias, activated, product)
+        needs = ctx.needs_input_grad
+        kept = (activated if needs[3] else None, product if any(needs[:3]) else None)
+        ctx.save_for_backward(states, first, first_bias, second, second_bias, *kept)
         return multiply(activated, second, second_bias)
 
     @staticmethod

@@ -228,6 +228,9 @@ def test_not_as_one_where_it_does_not_belong(layer):
         assert not module.trains_as_one(layer, tanh_gelu, second, dual)
     assert not module.trains_as_one(layer, torch.tanh, second, states)
     assert not module.trains_as_one(nn.Sequential(layer), tanh_gelu, second, states)
+    layer.requires_grad_(False), second.requires_grad_(False)
+    assert not module.trains_as_one(layer, tanh_gelu, second, states)
+    assert module.trains_as_one(layer, tanh_gelu, second, states.requires_grad_())
     assert not module.trains_as_one(layer.double(), tanh_gelu, second, states)
 
 
