@@ -25,6 +25,7 @@ from .attention.documents import (
     uncompiled_for_documents,
 )
 from .attention.impl.flash_cpu import Stream, is_streamable
+from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
@@ -1152,15 +1153,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if active_processes() is not None:
             raise ValueError("encoder_hidden_states are not for context_parallel, which shares encoders and decoders.")
         name = full_implementation(self.config)
-        mask = masks.cross_attention_mask(
-            mask,
-            batch=tokens.batch,
-            heads=self.config.num_attention_heads,
-            queries=tokens.length,
-            keys=encoder_hidden_states.shape[1],
-            dtype=tokens.dtype,
-            implementation=name,
+        shape = ScoreShape(
+            tokens.batch, self.config.num_attention_heads, tokens.length, encoder_hidden_states.shape[1]
         )
+        mask = masks.cross_attention_mask(mask, shape, dtype=tokens.dtype, implementation=name)
         return FullPart(mask=mask, implementation=name)
 
     def _head_masks(self, head_mask) -> list[Tensor | None]:
