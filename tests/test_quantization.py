@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import bigbird_plus
 from bigbird_plus import BigBirdInt8Config, cpu, demo, int8, quantize
@@ -215,13 +215,16 @@ def test_refusals(monkeypatch):
 
 
 def test_command(tmp_path, capsys):
-    make_model("BigBirdForMaskedLM").save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit) as left:
-        main(["quantize", str(tmp_path / "model"), str(tmp_path / "int8")])
-    assert not left.value.code
-    assert capsys.readouterr().out == f"{tmp_path / 'int8'}: BigBirdForMaskedLM, its encoder in int8\n"
-    assert layers(AutoModelForMaskedLM.from_pretrained(tmp_path / "int8"))
-    for source, message in ((tmp_path / "int8", "is quantized by now"), (tmp_path / "none", "none")):
+    models = {"pegasus": make_pegasus_pair()[1], "model": make_model("BigBirdForMaskedLM")}
+    for folder, model in models.items():
+        model.save_pretrained(tmp_path / folder)
+        with pytest.raises(SystemExit) as left:
+            main(["quantize", str(tmp_path / folder), str(tmp_path / f"{folder}-int8")])
+        assert not left.value.code
+        assert f"-int8: {type(model).__name__}, its encoder in int8\n" in capsys.readouterr().out
+    assert layers(AutoModelForMaskedLM.from_pretrained(tmp_path / "model-int8"))
+    assert layers(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "pegasus-int8"))
+    for source, message in ((tmp_path / "model-int8", "is quantized by now"), (tmp_path / "none", "none")):
         with pytest.raises(SystemExit) as left:
             main(["quantize", str(source), str(tmp_path / "again")])
         assert left.value.code == 2 and message in capsys.readouterr().err
