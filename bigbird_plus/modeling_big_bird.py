@@ -27,7 +27,7 @@ from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .cpu import TanhGELU, in_chunks, is_watched, linear
+from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -302,8 +302,7 @@ class BigBirdSelfAttention(nn.Module):
             past_key_values = past_key_values.self_attention_cache
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         rotation = self._rotation(hidden_states, attention_mask, past_key_values, cache_position, cache_idx)
-        query = self.queries(hidden_states, rotation)
-        key, value = self.keys_and_values(hidden_states, rotation)
+        query, key, value = self.queries_keys_and_values(hidden_states, rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, cache_idx, {"cache_position": cache_position})
         return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
@@ -376,9 +375,17 @@ class BigBirdSelfAttention(nn.Module):
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
         return self._split_heads(linear(self.query, states), rotation)
 
+    def queries_keys_and_values(
+        self, states: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All three in the shape of the queries. Values are not turned."""
+        query, key, value = linears((self.query, self.key, self.value), states)
+        return self._split_heads(query, rotation), self._split_heads(key, rotation), self._split_heads(value)
+
     def keys_and_values(self, states: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """Both in the shape of the queries. Values are not turned."""
-        return self._split_heads(linear(self.key, states), rotation), self._split_heads(linear(self.value, states))
+        """The latter two."""
+        key, value = linears((self.key, self.value), states)
+        return self._split_heads(key, rotation), self._split_heads(value)
 
     def _split_heads(self, states: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`, turned."""
@@ -449,8 +456,12 @@ class BigBirdOutput(nn.Module):
 
     def _project(self, states, residual):
         if self.dropout.training:
-            return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
+            return self.add(linear(self.dense, states), residual)
         return self.LayerNorm(linear(self.dense, states, residual=residual))
+
+    def add(self, projected: Tensor, residual: Tensor) -> Tensor:
+        """What follows the projection."""
+        return self.LayerNorm(self.dropout(projected) + residual)
 
 
 class BigBirdSelfOutput(BigBirdOutput):
@@ -584,7 +595,18 @@ class BigBirdLayer(GradientCheckpointingLayer):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
-        return self.output(self.intermediate(self.LayerNorm(attention_output)), attention_output)
+        states = self.LayerNorm(attention_output)
+        if self._trains_as_one(states):
+            return self.output.add(feed_forward(self.intermediate.dense, self.output.dense, states), attention_output)
+        return self.output(self.intermediate(states), attention_output)
+
+    def _trains_as_one(self, states):
+        intermediate, output = self.intermediate, self.output
+        if type(intermediate) is not BigBirdIntermediate or type(output) is not BigBirdOutput:
+            return False
+        if is_watched(intermediate) or is_watched(output):
+            return False
+        return trains_as_one(intermediate.dense, intermediate.intermediate_act_fn, output.dense, states)
 
     @property
     def attention_type(self) -> str:
