@@ -23,8 +23,8 @@ from .documents import first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask
-from .parts import AnyPart, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
-from .pattern import BlockPattern, Sparsity
+from .parts import AnyPart, Document, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
+from .pattern import Sparsity
 from .rotary import Rotation, make_rotation
 
 if TYPE_CHECKING:
@@ -224,13 +224,13 @@ class Plan:
 
     @property
     def can_stream(self) -> bool:
-        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, without
-        a cache and without global tokens."""
+        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, from
+        their start and without global tokens."""
         if self.choice is None:
             return self.packing is not None and self.positions.device.type == "cpu" and not self.num_extra
-        kinds_fit = all(isinstance(part, FullPart | SparsePart) for part in self.parts)
+        from_start = all(getattr(part, "from_start", True) for part in self.parts)
         has_global_tokens = any(getattr(part, "global_tokens", None) is not None for part in self.parts)
-        return self.choice.name == "merged" and kinds_fit and not has_global_tokens
+        return self.choice.name == "merged" and from_start and not has_global_tokens
 
     def chunks(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
         """Views of `states`, in the layout of the plan, that hold documents of up to `size` tokens together or a
@@ -260,13 +260,11 @@ class Plan:
                 gathered.append(piece)
         yield gathered
 
-    def only_document(self, layer_idx: int) -> tuple[BlockPattern, Tensor | None] | None:
-        """Pattern in inference and key mask of the document, if there is one alone and it is read sparsely."""
+    def only_document(self, module: nn.Module) -> Document | None:
+        """How the attention `module` reads the document, if there is one alone and it is read sparsely."""
         part = self.parts[0]
         is_alone = len(self.parts) == 1 and (part.documents if self.packing is not None else self.batch) == 1
-        if not is_alone or not isinstance(part, SparsePart):
-            return None
-        return part.pattern(layer_idx, training=False), part.key_mask
+        return None if not is_alone or isinstance(part, FullPart) else part.document(module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
