@@ -302,7 +302,7 @@ class BigBirdSelfAttention(nn.Module):
         return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
 
     @staticmethod
-    def update(cache, key: Tensor, value: Tensor, cache_idx: int, cache_position: Tensor) -> tuple[Tensor, Tensor]:
+    def update(cache, key: Tensor, value: Tensor, cache_idx: int, cache_position: Tensor | None):
         """Adds keys and values to a cache. Returns all that it holds."""
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -614,14 +614,11 @@ class BigBirdLayer(GradientCheckpointingLayer):
             read = attention.update(cache, *read, cache_idx, cache_position)
             for row, (own, own_plan) in enumerate(plan.chunks(states, 1)):
                 cached = [tensor[row : row + 1] for tensor in read]
-                document = own_plan.only_document(attention)
-                stream_document(self, own, document, own_plan.rotation, size, cached)
-            return
-        document = plan.only_document(attention) if states[..., 0].numel() > size else None
-        if document is None:
-            states.copy_(self(states, plan)[0])
+                stream_document(self, own, own_plan.document(attention), own_plan.rotation, size, cached)
+        elif states[..., 0].numel() > size and plan.has_one_document:
+            stream_document(self, states, plan.document(attention), plan.rotation, size)
         else:
-            stream_document(self, states, document, plan.rotation, size)
+            states.copy_(self(states, plan)[0])
 
     def tokens_per_chunk(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""

@@ -31,7 +31,7 @@ def stream_document(
     document: Document,
     rotation: Rotation | None,
     size: int,
-    cached: tuple[Tensor, Tensor] | None = None,
+    cached: list[Tensor] | None = None,
 ) -> None:
     """Writes what a layer makes of a document over its states.
 
@@ -41,7 +41,7 @@ def stream_document(
         document: how they are read.
         rotation: of queries and keys; None for models without rotary positions.
         size: how many tokens are taken together.
-        cached: keys and values, `[1, heads, length or more, head_dim]`, where they are known.
+        cached: keys and values, `[1, heads, length or more, head_dim]`, where they are there already.
     """
     first, length = document.first, states.shape[1]
     _skip_padding(layer, states[:, :first], size)
@@ -81,8 +81,8 @@ class _Run:
         pattern, block_size = self.pattern, self.pattern.block_size
         ends = slice(pattern.first_row * block_size), slice(pattern.last_row * block_size, None)
         full_states = self._states(*ends)
-        asked, read = self._queries(*ends), self._keys_and_values(*ends)
-        stream = Stream(pattern, asked, *read, self.key_mask, scaling=self.attention.scaling)
+        query, (key, value) = self._queries(*ends), self._keys_and_values(*ends)
+        stream = Stream(pattern, query, key, value, self.key_mask, scaling=self.attention.scaling)
         for rows in chunks(pattern.first_row, pattern.last_row, self.size):
             blocks = stream.blocks_before(rows)
             if blocks:

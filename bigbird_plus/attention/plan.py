@@ -12,7 +12,7 @@ to the plan, and know nothing of it. Two layouts:
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .documents import first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask
-from .parts import AnyPart, Document, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
+from .parts import AnyPart, DecoderPart, Document, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
 from .pattern import Sparsity
 from .rotary import Rotation, make_rotation
 
@@ -260,11 +260,16 @@ class Plan:
                 gathered.append(piece)
         yield gathered
 
-    def only_document(self, module: nn.Module) -> Document | None:
-        """How the attention `module` reads the document, if there is one alone and it is read sparsely."""
+    @property
+    def has_one_document(self) -> bool:
+        """Whether there is one document alone, and it is read sparsely."""
         part = self.parts[0]
-        is_alone = len(self.parts) == 1 and (part.documents if self.packing is not None else self.batch) == 1
-        return None if not is_alone or isinstance(part, FullPart) else part.document(module)
+        documents = part.documents if self.packing is not None else self.batch
+        return len(self.parts) == documents == 1 and not isinstance(part, FullPart)
+
+    def document(self, module: nn.Module) -> Document:
+        """How the attention `module` reads the only one, sparsely."""
+        return cast(SparsePart | DecoderPart, self.parts[0]).document(module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,13 +84,10 @@ def test_in_order(case, dtype, size):
 
 RANDOM = {"r": st.integers(0, 3), "training": st.booleans()}
 CHOSEN = {"indices": st.lists(st.integers(-12, 30), max_size=4), "num_global": st.just(2)}
+ANY = cases(**RANDOM, **CHOSEN) | cases(**RANDOM, causal=st.booleans())
 
 
-@given(
-    case=cases(**RANDOM, **CHOSEN) | cases(**RANDOM, causal=st.booleans()),
-    dtype=st.sampled_from(DTYPES),
-    size=st.integers(1, 9),
-)
+@given(case=ANY, dtype=st.sampled_from(DTYPES), size=st.integers(1, 9))
 @example(case=case(r=3, batch=1, extra_blocks=7, training=True), dtype=torch.float32, size=4)
 @example(case=case(r=2, batch=1, extra_blocks=7, indices=[0, 3, 4, 9], padding="right"), dtype=torch.float32, size=2)
 @example(case=case(r=3, batch=1, extra_blocks=7, causal=True, padding="anywhere"), dtype=torch.float16, size=4)
