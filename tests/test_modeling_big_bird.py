@@ -297,8 +297,9 @@ def test_padding_is_no_part_of_what_is_read_after_other_blocks(monkeypatch):
     torch.testing.assert_close(output.last_hidden_state[is_real], expected[is_real], rtol=1e-4, atol=1e-4)
 
 
-def test_pruned_heads_and_autocast_are_read_after_other_blocks(monkeypatch):
-    model, inputs = make_model(), {"input_ids": random_ids(2, 200)}
+@pytest.mark.parametrize("fields", [{}, {"eval_random_blocks": True}, {"is_decoder": True}])
+def test_pruned_heads_and_autocast_are_read_after_other_blocks(monkeypatch, fields):
+    model, inputs = make_model(**fields), {"input_ids": random_ids(2, 200)}
     model.encoder.layer[0].attention.prune_heads([1])
     model.encoder.layer[1].attention.prune_heads([0, 2])
     output, layers = streamed(monkeypatch, model, inputs)
@@ -411,7 +412,10 @@ def decoder_inputs(side, length):
     return {"input_ids": random_ids(4, length), "attention_mask": (mask if side == "right" else mask.flip(1)).long()}
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_random_blocks": 0}, {"different_layout_per_head": False}])
+TURNED = {"position_embedding_type": "rotary", "norm_position": "pre"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_random_blocks": 0}, TURNED, {**TURNED, "num_random_blocks": 0}])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_decoders_are_read_some_blocks_after_others(monkeypatch, fields, side, blocks):
@@ -424,11 +428,12 @@ def test_decoders_are_read_some_blocks_after_others(monkeypatch, fields, side, b
     torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fields", [{}, TURNED])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "of encoder and decoder"])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_a_cache_is_filled_some_blocks_after_others(monkeypatch, kind, side):
-    """Keys and values are the same, and a text goes on behind them."""
-    model, inputs = make_model(is_decoder=True), decoder_inputs(side, 203)
+def test_a_cache_is_filled_some_blocks_after_others(monkeypatch, kind, side, fields):
+    """A text goes on behind what it holds as behind what whole layers have put there."""
+    model, inputs = make_model(is_decoder=True, **fields), decoder_inputs(side, 203)
     expected, states = make_cache(kind, model), []
     with torch.no_grad():
         states.append(model(**inputs, past_key_values=expected).last_hidden_state)
