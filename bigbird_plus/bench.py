@@ -508,6 +508,7 @@ def plot(report: dict, path: str | Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens of a document", title=label)
         axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
         axes.set_xticks([], minor=True)
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)

@@ -24,6 +24,7 @@ from .attention.documents import (
     holds_documents,
     uncompiled_for_documents,
 )
+from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
 from .attention.plan import Plan, full_implementation, is_sparse, make_plan
@@ -139,6 +140,26 @@ def first_states(states: Tensor, attention_mask: Tensor | None, config, position
     return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
+SHARE_OF_MASK_TOKENS = 0.15 * 0.8
+"""With which ESM was trained."""
+
+
+def token_scales(input_ids: Tensor, mask_token_id: int, attention_mask=None, position_ids=None) -> Tensor:
+    """What the embeddings of ids are multiplied by, `float32`, `[batch, length]`; see `BigBirdConfig.token_dropout`.
+
+    Args:
+        attention_mask: as of `BigBirdModel.forward`; one of `[batch, length]` tells which tokens count.
+        position_ids: given if rows hold several documents, in which they start anew at 0.
+    """
+    is_mask, is_real = input_ids == mask_token_id, torch.ones_like(input_ids)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_real = attention_mask != 0
+    document = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(-1)
+    none = nn.functional.pad(torch.zeros_like(input_ids), (0, 1))
+    masks, tokens = (none.scatter_add(1, document, one.long()).gather(1, document) for one in (is_mask, is_real))
+    return ((1 - SHARE_OF_MASK_TOKENS) / (1 - masks / tokens.clamp(min=1))).masked_fill(is_mask, 0)
+
+
 def layer_norm(config, applies: bool = True, width: int | None = None) -> nn.Module:
     """Normalisation of the hidden states, or none."""
     return nn.LayerNorm(width or config.hidden_size, eps=config.layer_norm_eps) if applies else nn.Identity()
@@ -166,6 +187,7 @@ class BigBirdEmbeddings(nn.Module):
         self.hidden_size = config.hidden_size
         self.rescale_embeddings = config.rescale_embeddings
         self.tiled_positions = config.tiled_positions
+        self.dropped_token = config.mask_token_id if config.token_dropout else None
         self.num_extra_global_tokens = config.num_extra_global_tokens
         if config.num_extra_global_tokens:
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, width)
@@ -185,6 +207,7 @@ class BigBirdEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
         cache_length: int = 0,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """`[batch, length, hidden_size]`, from ids of `[batch, length]`.
 
@@ -193,6 +216,8 @@ class BigBirdEmbeddings(nn.Module):
             position_ids: `[batch or 1, length]`, by default those behind `past_key_values_length` earlier tokens.
             inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             cache_length: another name of `past_key_values_length`.
+            scales: what the embeddings of ids are multiplied by, by default the `token_scales` of documents without
+                padding if there is `config.token_dropout`.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, or ids have another shape.
@@ -206,15 +231,19 @@ class BigBirdEmbeddings(nn.Module):
             position_ids = self.position_ids[:, first : first + inputs.shape[1]]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
-        tensors = (inputs, token_type_ids, position_ids)
+        if self.dropped_token is not None and input_ids is not None and scales is None:
+            scales = token_scales(input_ids, self.dropped_token)
+        tensors = (inputs, token_type_ids, position_ids, *(() if scales is None else (scales,)))
         return in_chunks(self._embed, *tensors, width=self.hidden_size, modules=self.children())
 
-    def _embed(self, inputs, token_type_ids, position_ids):
+    def _embed(self, inputs, token_type_ids, position_ids, scales=None):
         if self.tiled_positions:
             position_ids = position_ids % self.position_embeddings.num_embeddings
         words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
         if self.rescale_embeddings:
             words = words * self.hidden_size**0.5
+        if scales is not None:
+            words = (words * scales[..., None]).to(words.dtype)
         embeddings = words + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self.position_embeddings(position_ids)
@@ -985,7 +1014,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         plan = self._plan(tokens, keeps=self._keeps(computes_padding))
 
-        embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds)
+        scales = self._token_scales(input_ids, tokens)
+        embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds, scales)
         hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
         asked = as_configured(self.config, output_attentions, output_hidden_states)
         asks_for_more = any(asked) or head_mask is not None or encoder_hidden_states is not None
@@ -1020,17 +1050,27 @@ class BigBirdModel(BigBirdPreTrainedModel):
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
-    def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
+    def _token_scales(self, input_ids, tokens: Tokens) -> Tensor | None:
+        """See `token_scales`; None for none."""
+        if input_ids is None or not self.config.token_dropout:
+            return None
+        positions = tokens.position_ids if tokens.has_documents else None
+        return token_scales(input_ids, self.config.mask_token_id, tokens.attention_mask, positions)
+
+    def _embed(self, plan, input_ids, token_type_ids, inputs_embeds, scales) -> Tensor:
         """What enters the layers. In inference only what is packed of a packed batch is embedded, unless somebody
         watches: hooks are shown the batch. (In training checkpointing adds a hook, and shall drop the same.)"""
-        given = plan.own_tokens(input_ids, token_type_ids, plan.positions, inputs_embeds)
+        given = plan.own_tokens(input_ids, token_type_ids, plan.positions, inputs_embeds, scales)
         is_ours = type(self.embeddings) is BigBirdEmbeddings and not is_watched(self.embeddings)
-        if plan.packing is None or torch.is_grad_enabled() or not is_ours:
-            return plan.enter(self.embeddings(*given))
-        packed = (
-            None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
-        )
-        return self.embeddings(*packed)
+        embeds_packed = plan.packing is not None and not torch.is_grad_enabled() and is_ours
+        if embeds_packed:
+            given = [
+                None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:]))
+                for tensor in given
+            ]
+        *given, scales = given
+        embeddings = self.embeddings(*given, **({} if scales is None else {"scales": scales}))
+        return embeddings if embeds_packed else plan.enter(embeddings)
 
     def _plan(self, tokens: Tokens, keeps: str) -> Plan:
         processes = active_processes()
@@ -1119,15 +1159,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
         if active_processes() is not None:
             raise ValueError("encoder_hidden_states are not for context_parallel, which shares encoders and decoders.")
         name = full_implementation(self.config)
-        mask = masks.cross_attention_mask(
-            mask,
-            batch=tokens.batch,
-            heads=self.config.num_attention_heads,
-            queries=tokens.length,
-            keys=encoder_hidden_states.shape[1],
-            dtype=tokens.dtype,
-            implementation=name,
+        shape = ScoreShape(
+            tokens.batch, self.config.num_attention_heads, tokens.length, encoder_hidden_states.shape[1]
         )
+        mask = masks.cross_attention_mask(mask, shape, dtype=tokens.dtype, implementation=name)
         return FullPart(mask=mask, implementation=name)
 
     def _head_masks(self, head_mask) -> list[Tensor | None]:

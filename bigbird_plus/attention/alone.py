@@ -37,6 +37,7 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
     if attention_mask is None and not module.is_causal:
         return FullPart(implementation=name)
     batch, heads, queries = query.shape[:3]
+    shape = masks.ScoreShape(batch, heads, queries, keys)
     mask = attention_mask
     if mask is None:
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device).expand(-1, -1, -1, keys)
@@ -45,10 +46,8 @@ def how_to_read(attention_mask: Plan | FullPart | Tensor | None, module, query: 
             "A mask of floating point numbers, which are added to the scores, must have the shape "
             f"[batch, 1 or heads, queries, keys], but has {list(mask.shape)}. Others must be bool."
         )
-    mask = masks.expand_mask(mask, batch, heads, queries, keys).expand(-1, -1, queries, -1)  # so it is not causal
-    full_mask = masks.cross_attention_mask(
-        mask, batch=batch, heads=heads, queries=queries, keys=keys, dtype=query.dtype, implementation=name
-    )
+    mask = masks.expand_mask(mask, shape).expand(-1, -1, queries, -1)  # so it is not causal
+    full_mask = masks.cross_attention_mask(mask, shape, dtype=query.dtype, implementation=name)
     return FullPart(mask=full_mask, implementation=name)
 
 

@@ -71,14 +71,21 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
+class ScoreShape(NamedTuple):
+    """That of the scores which a mask is added to."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+
+
 def full_attention_mask(
     attention_mask: Tensor | None,
+    shape: ScoreShape,
     *,
-    heads: int,
     query_positions: Tensor,
     past: int | Tensor,
-    keys: int,
-    batch: int,
     is_causal: bool,
     dtype: torch.dtype,
     implementation: str,
@@ -87,11 +94,9 @@ def full_attention_mask(
 
     Args:
         attention_mask: the user's, see `expand_mask`.
-        heads: attention heads.
+        shape: that of the scores; free places of a static cache are keys, too.
         query_positions: `int64`, `[queries]`: places of the queries among the keys.
         past: number of tokens that a cache already holds.
-        keys: number of keys, free places of a static cache included.
-        batch: sequences.
         is_causal: whether later keys are hidden. A 4-D mask is taken to say so itself.
         dtype: the queries'.
         implementation: name of the attention function.
@@ -99,9 +104,9 @@ def full_attention_mask(
     Raises:
         ValueError: if the mask does not fit.
     """
-    queries = query_positions.shape[0]
+    queries, keys = shape.queries, shape.keys
     if attention_mask is not None and attention_mask.dim() == 2:
-        _check_covers_keys(attention_mask, batch, past, queries, is_causal)
+        _check_covers_keys(attention_mask, shape.batch, past, queries, is_causal)
         attention_mask = attention_mask != 0
         if may_read_values(attention_mask) and attention_mask.all():
             attention_mask = None
@@ -114,34 +119,28 @@ def full_attention_mask(
             return NO_MASK
         expanded = causal_mask(query_positions, keys)[None, None]
     else:
-        expanded = expand_mask(attention_mask, batch, heads, queries, keys, may_end_elsewhere=is_causal)
+        expanded = expand_mask(attention_mask, shape, may_end_elsewhere=is_causal)
         if is_causal and attention_mask.dim() < 4:
             expanded = expanded & causal_mask(query_positions, keys)
-    return _to_be_added(expanded, dtype, implementation, (batch, 1, queries, keys))
+    return _to_be_added(expanded, dtype, implementation, shape)
 
 
 def cross_attention_mask(
-    attention_mask: Tensor | None,
-    *,
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    dtype: torch.dtype,
-    implementation: str,
+    attention_mask: Tensor | None, shape: ScoreShape, *, dtype: torch.dtype, implementation: str
 ) -> FullMask:
     """The mask of attention to an encoder's states; arguments as in `full_attention_mask`."""
     name = "encoder_attention_mask"
     if attention_mask is None:
         return NO_MASK
-    if attention_mask.dim() == 2 and attention_mask.shape[-1] != keys:
-        raise ValueError(f"{name} is for {attention_mask.shape[-1]} tokens, but encoder_hidden_states has {keys}.")
+    if attention_mask.dim() == 2 and attention_mask.shape[-1] != shape.keys:
+        raise ValueError(
+            f"{name} is for {attention_mask.shape[-1]} tokens, but encoder_hidden_states has {shape.keys}."
+        )
     if may_read_values(attention_mask) and attention_mask.dim() == 2 and (attention_mask != 0).all():
         return NO_MASK
     if passes_masks_unexpanded(implementation):
-        return FullMask(_unexpanded(attention_mask, keys))
-    expanded = expand_mask(attention_mask, batch, heads, queries, keys, name)
-    return _to_be_added(expanded, dtype, implementation, (batch, 1, queries, keys))
+        return FullMask(_unexpanded(attention_mask, shape.keys))
+    return _to_be_added(expand_mask(attention_mask, shape, name), dtype, implementation, shape)
 
 
 def key_mask_of(key_mask: Tensor, dtype: torch.dtype, implementation: str) -> FullMask:
@@ -149,10 +148,11 @@ def key_mask_of(key_mask: Tensor, dtype: torch.dtype, implementation: str) -> Fu
     if passes_masks_unexpanded(implementation):
         return FullMask(key_mask)
     name = "eager" if implementation == "eager" else "sdpa"
-    return _to_be_added(key_mask[:, None, None], dtype, name, None)
+    shape = ScoreShape(batch=key_mask.shape[0], heads=1, queries=1, keys=key_mask.shape[1])
+    return _to_be_added(key_mask[:, None, None], dtype, name, shape)
 
 
-def _to_be_added(expanded, dtype, implementation, shape) -> FullMask:
+def _to_be_added(expanded, dtype, implementation, shape: ScoreShape) -> FullMask:
     """Numbers stay as they are, but finite. Only eager and sdpa attention take what is broadcastable to `shape`."""
     if implementation == "eager":
         dtype = torch.promote_types(dtype, torch.float32)  # that of its scores
@@ -172,7 +172,7 @@ def _to_be_added(expanded, dtype, implementation, shape) -> FullMask:
             f"A mask for each head needs attn_implementation='sdpa' or 'eager', but it is {implementation!r}: give "
             f"one of [batch, 1, queries, keys], not {list(added.shape)}."
         )
-    return FullMask(added.expand(shape), reads_nothing)
+    return FullMask(added.expand(shape.batch, 1, shape.queries, shape.keys), reads_nothing)
 
 
 def _is_causal_itself(implementation: str) -> bool:
@@ -214,7 +214,8 @@ def decoder_key_mask(
 def _keys_of_causal_mask(attention_mask, batch, query_positions, keys):
     """The last query of a piece reads whatever is real, up to itself."""
     heads = attention_mask.shape[1]  # as many as there are: one of them is looked at
-    expanded = expand_mask(attention_mask, batch, heads, query_positions.shape[0], keys, may_end_elsewhere=True)
+    shape = ScoreShape(batch, heads, query_positions.shape[0], keys)
+    expanded = expand_mask(attention_mask, shape, may_end_elsewhere=True)
     reads = expanded >= 0 if expanded.is_floating_point() else expanded
     mask = reads[:, 0, -1].expand(batch, -1)
     if may_read_values(mask):
@@ -259,14 +260,7 @@ def _check_covers_keys(attention_mask, batch, past, queries, is_causal):
 
 
 def expand_mask(
-    attention_mask: Tensor,
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    name: str = "attention_mask",
-    *,
-    may_end_elsewhere: bool = False,
+    attention_mask: Tensor, shape: ScoreShape, name: str = "attention_mask", *, may_end_elsewhere: bool = False
 ) -> Tensor:
     """A user's 2-D, 3-D or 4-D mask as one that is broadcastable to `[batch, heads, queries, keys]`.
 
@@ -278,6 +272,7 @@ def expand_mask(
     Raises:
         ValueError: if the mask has a shape that fits none of these.
     """
+    batch, heads, queries, keys = shape
     wanted = {2: (batch, keys), 3: (batch, queries, keys), 4: (batch, heads, queries, keys)}.get(attention_mask.dim())
     if wanted is None or not (
         all(size in (1, fits) for size, fits in zip(attention_mask.shape[:-1], wanted[:-1], strict=True))

@@ -22,7 +22,7 @@ from .common import chunks, count_blocks, cut, is_tracing, may_read_values, pad_
 from .documents import first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
-from .masks import FullMask
+from .masks import FullMask, ScoreShape
 from .parts import AnyPart, DecoderPart, Document, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
 from .pattern import Sparsity
 from .rotary import Rotation, make_rotation
@@ -295,11 +295,9 @@ class _Reader(NamedTuple):
         """See `masks.full_attention_mask`."""
         return masks.full_attention_mask(
             attention_mask,
-            batch=batch,
-            heads=self.config.num_attention_heads,
+            ScoreShape(batch, self.config.num_attention_heads, query_positions.shape[0], keys),
             query_positions=query_positions,
             past=past,
-            keys=keys,
             is_causal=self.config.is_decoder,
             dtype=self.tokens.dtype,
             implementation=self.implementation,

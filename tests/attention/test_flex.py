@@ -12,7 +12,7 @@ from bigbird_plus.attention import full
 from bigbird_plus.attention.impl import flex, reference
 from bigbird_plus.attention.masks import FullMask
 
-from ..peers import random_ids, scale_weights, tiny_settings
+from ..peers import own_random_blocks, random_ids, scale_weights, tiny_settings
 
 pytestmark = pytest.mark.torch_only
 
@@ -20,6 +20,7 @@ REPEATING = Sparsity(num_attention_heads=2, block_size=32, num_random_blocks=1)
 WIDE = Sparsity(
     num_attention_heads=2, block_size=32, num_random_blocks=1, num_sliding_window_blocks=5, num_global_blocks=3
 )
+OWN = Sparsity(2, 32, num_random_blocks=3, global_block_indices=(0, 1), random_blocks=own_random_blocks(2, 7, 3))
 
 
 def random_tensors(batch, length, dim=8, dtype=torch.float32):
@@ -60,6 +61,7 @@ def test_one_kernel_for_all_lengths_with_padding_and_blocks_read_again():
     counters.clear()
     for num_blocks, batch in ((32, 3), (9, 2), (11, 4)):
         check(repeating_pattern(num_blocks), padded=True, batch=batch)
+    check(OWN.pattern(12), padded=True)
     assert counters["stats"]["unique_graphs"] == 1
 
 

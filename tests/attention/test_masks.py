@@ -15,11 +15,9 @@ def full_mask(*args, **kwargs):
 def make_mask(attention_mask, *, batch=2, queries=4, past=0, keys=None, causal=False, implementation="sdpa"):
     return masks.full_attention_mask(
         attention_mask,
-        batch=batch,
-        heads=3,
+        masks.ScoreShape(batch, 3, queries, past + queries if keys is None else keys),
         query_positions=torch.arange(past, past + queries),
         past=past,
-        keys=past + queries if keys is None else keys,
         is_causal=causal,
         dtype=torch.float32,
         implementation=implementation,
@@ -135,8 +133,8 @@ def test_other_attention_than_sdpa_gets_all_pairs(implementation):
 
 def test_mask_of_an_encoder():
     def cross(mask):
-        how = {"batch": 2, "heads": 3, "queries": 3, "keys": 4, "dtype": torch.float32}
-        return masks.cross_attention_mask(mask, **how, implementation="sdpa").added
+        shape = masks.ScoreShape(batch=2, heads=3, queries=3, keys=4)
+        return masks.cross_attention_mask(mask, shape, dtype=torch.float32, implementation="sdpa").added
 
     assert cross(None) is None
     assert cross(torch.ones(2, 4)) is None

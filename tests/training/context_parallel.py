@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbird_plus
-from tests.peers import TASK_MODELS, make_model, random_ids, random_inputs
+from tests.peers import TASK_MODELS, make_model, own_random_blocks, random_ids, random_inputs
 
 # In version 4.56 of transformers, split layers with a bias fail where gradients are wanted.
 TRAINS_TENSOR_PARALLELISM = find_spec("transformers.distributed.tensor_parallel") is not None
@@ -234,6 +234,8 @@ ENCODERS = {
     "four global blocks": ({"num_global_blocks": 4, "num_random_blocks": 1}, {}),
     "no global blocks": ({"num_global_blocks": 0, "num_random_blocks": 1}, {}),
     "global indices": ({"global_block_indices": [0, 5, -3], "num_random_blocks": 1}, {}),
+    "own random blocks": ({"num_random_blocks": 2, "random_blocks": own_random_blocks(4, 20, 2)}, {}),
+    "token dropout": ({"token_dropout": True, "mask_token_id": 4}, {"mask": right_padding}),
 }
 DECODERS = {
     "decoder": ({"is_decoder": True}, {}),

@@ -46,7 +46,7 @@ def forward(
 def _attend(query, key, value, bias, pattern, global_tokens, scaling) -> Tensor:
     """Block-sparse attention on `[batch, tokens, heads, dim]`."""
     first, last = pattern.first_row, pattern.last_row
-    inner = _attend_to_lists(query, key, value, bias, pattern, (first, last), scaling, tokens=global_tokens)
+    inner = _attend_to_lists((query, key, value), bias, pattern, (first, last), scaling, tokens=global_tokens)
     blocks = blocks_of(query, pattern)
     readers_of_all = [blocks[:, :first].flatten(1, 2), blocks[:, last:].flatten(1, 2)]
     if global_tokens is not None:
@@ -81,16 +81,17 @@ def _attend_causally(query, key, value, bias, pattern, scaling) -> Tensor:
     own_block = nn.functional.pad(window, [blocks * block_size for blocks in listed])
     # One row more than needed, which is left out again: of a free number of rows, torch asks whether it is 1.
     rows = (first - 1, pattern.num_blocks)
-    sparse = _attend_to_lists(query, key, value, bias, pattern, rows, scaling, own_block=own_block)
+    sparse = _attend_to_lists((query, key, value), bias, pattern, rows, scaling, own_block=own_block)
     return torch.cat((full, join(sparse, 1)[:, block_size:]), dim=1)
 
 
 def _attend_to_lists(
-    query, key, value, bias, pattern, rows, scaling, *, own_block=None, tokens: GlobalTokens | None = None
+    tensors, bias, pattern, rows, scaling, *, own_block=None, tokens: GlobalTokens | None = None
 ) -> Tensor:
-    """What the rows from the first of `rows` to the second read, gathered: `[batch, rows, block, heads, dim]`.
-    `own_block`, `[block, keys]`, is added to the scores of each row; `tokens` are the global ones, which they read
-    besides."""
+    """What the rows from the first of `rows` to the second read of `tensors`, query, key and value, gathered:
+    `[batch, rows, block, heads, dim]`. `own_block`, `[block, keys]`, is added to the scores of each row; `tokens` are
+    the global ones, which they read besides."""
+    query, key, value = tensors
     batch, block_size, (first, last) = query.shape[0], pattern.block_size, rows
     lists = list_blocks(pattern, first, last, query.device, query.dtype)
     keys, values = (lists.gather(blocks_of(tensor, pattern)) for tensor in (key, value))
