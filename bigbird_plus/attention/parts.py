@@ -56,6 +56,19 @@ class Tokens(NamedTuple):
         return self.keys is not None
 
 
+class Document(NamedTuple):
+    """One that is read sparsely, alone.
+
+    pattern: which block reads which, in inference.
+    key_mask: `bool`, `[1, tokens of its blocks]`, False for padding; None where there is none.
+    first: the place of its first token. Before it there is padding.
+    """
+
+    pattern: BlockPattern
+    key_mask: Tensor | None
+    first: int = 0
+
+
 P = TypeVar("P", bound="Part")
 
 
@@ -152,6 +165,10 @@ class SparsePart(Part):
             return context, None
         return context, reference.attention(*arguments, scaling=module.scaling)[1]
 
+    def document(self, module) -> Document:
+        """The only one, as the attention `module` reads it."""
+        return Document(self.pattern(module.layer_idx, training=False).for_heads(module.heads), self.key_mask)
+
     def some(self, documents: slice) -> "SparsePart":
         key_mask = None if self.key_mask is None else self.key_mask[documents]
         tokens = None if self.global_tokens is None else self.global_tokens.of_documents(documents)
@@ -178,8 +195,7 @@ class DecoderPart(Part):
 
     def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
         """See `Plan.attend`. The context of padding is zero."""
-        num_blocks = count_blocks(self.num_keys, self.sparsity.block_size)
-        pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
+        pattern = self._pattern(module, self.num_keys)
         is_eager, probabilities = self.choice.engine is reference, None
         if is_eager or output_attentions:
             context, probabilities = self._by_definition(query, key, value, pattern, module.scaling)
@@ -189,6 +205,24 @@ class DecoderPart(Part):
         context = attend(query, key, value, pattern, module.scaling)
         is_real = self._is_real()
         return context if is_real is None else context.masked_fill(~is_real[:, None, :, None], 0), probabilities
+
+    def document(self, module) -> Document:
+        """The only one, from its start, as the attention `module` reads it."""
+        first = 0 if self.piece.offset is None else int(self.piece.offset)
+        key_mask = self.key_mask
+        if key_mask is not None:
+            key_mask = pad_to_blocks(key_mask[:, first:], self.sparsity.block_size, 1)
+        return Document(self._pattern(module, self.num_keys - first), key_mask, first)
+
+    def some(self, documents: slice) -> "DecoderPart":
+        key_mask = None if self.key_mask is None else self.key_mask[documents]
+        offset = None if self.piece.offset is None else self.piece.offset[documents]
+        return replace(super().some(documents), key_mask=key_mask, piece=self.piece._replace(offset=offset))
+
+    def _pattern(self, module, tokens: int) -> BlockPattern:
+        """That of so many tokens."""
+        num_blocks = count_blocks(tokens, self.sparsity.block_size)
+        return self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
 
     def _is_real(self) -> Tensor | None:
         """`bool`, `[batch, queries]`: which of the input's tokens are not padding; None for all."""

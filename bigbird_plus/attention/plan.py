@@ -12,7 +12,7 @@ to the plan, and know nothing of it. Two layouts:
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from .documents import first_states, first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask, ScoreShape
-from .parts import AnyPart, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
-from .pattern import BlockPattern, Sparsity
+from .parts import AnyPart, DecoderPart, Document, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
+from .pattern import Sparsity
 from .rotary import Rotation, make_rotation
 
 if TYPE_CHECKING:
@@ -224,13 +224,13 @@ class Plan:
 
     @property
     def can_stream(self) -> bool:
-        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, without
-        a cache and without global tokens."""
+        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, from
+        their start and without global tokens."""
         if self.choice is None:
             return self.packing is not None and self.positions.device.type == "cpu" and not self.num_extra
-        kinds_fit = all(isinstance(part, FullPart | SparsePart) for part in self.parts)
+        from_start = all(getattr(part, "from_start", True) for part in self.parts)
         has_global_tokens = any(getattr(part, "global_tokens", None) is not None for part in self.parts)
-        return self.choice.name == "merged" and kinds_fit and not has_global_tokens
+        return self.choice.name == "merged" and from_start and not has_global_tokens
 
     def chunks(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
         """Views of `states`, in the layout of the plan, that hold documents of up to `size` tokens together or a
@@ -260,13 +260,16 @@ class Plan:
                 gathered.append(piece)
         yield gathered
 
-    def only_document(self, layer_idx: int) -> tuple[BlockPattern, Tensor | None] | None:
-        """Pattern in inference and key mask of the document, if there is one alone and it is read sparsely."""
+    @property
+    def has_one_document(self) -> bool:
+        """Whether there is one document alone, and it is read sparsely."""
         part = self.parts[0]
-        is_alone = len(self.parts) == 1 and (part.documents if self.packing is not None else self.batch) == 1
-        if not is_alone or not isinstance(part, SparsePart):
-            return None
-        return part.pattern(layer_idx, training=False), part.key_mask
+        documents = part.documents if self.packing is not None else self.batch
+        return len(self.parts) == documents == 1 and not isinstance(part, FullPart)
+
+    def document(self, module: nn.Module) -> Document:
+        """How the attention `module` reads the only one, sparsely."""
+        return cast(SparsePart | DecoderPart, self.parts[0]).document(module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
