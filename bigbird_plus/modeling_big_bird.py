@@ -16,15 +16,8 @@ from transformers.pytorch_utils import prune_linear_layer
 from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
-from .attention.common import chunks, is_exporting, may_read_values, per_chunk
-from .attention.documents import (
-    Flattened,
-    document_positions,
-    first_tokens,
-    holds_documents,
-    uncompiled_for_documents,
-)
-from .attention.impl.flash_cpu import Stream, is_streamable
+from .attention.common import is_exporting, may_read_values, per_chunk
+from .attention.documents import Flattened, document_positions, holds_documents, uncompiled_for_documents
 from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
@@ -33,7 +26,8 @@ from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .cpu import TanhGELU, in_chunks, is_watched, linear
+from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
+from .streaming import keys_and_values, stream_document
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -120,24 +114,6 @@ def refuse_empty(inputs: Tensor) -> None:
     """Raises a `ValueError` unless there is a token."""
     if inputs.shape[1] == 0:
         raise ValueError("The input has the length 0. Give at least one token.")
-
-
-def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
-    """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
-    the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
-    if not config.pattern_per_document or attention_mask is None or attention_mask.dim() != 2:
-        return torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
-    return (attention_mask != 0).int().argmax(dim=-1)
-
-
-def first_states(states: Tensor, attention_mask: Tensor | None, config, position_ids: Tensor | None = None) -> Tensor:
-    """`[documents, hidden_size]`: the state of each document's first token. `position_ids` is given if rows hold
-    several documents, in which each starts anew; otherwise there is one in each row."""
-    if position_ids is not None:
-        return states[first_tokens(position_ids, states.shape[0])]
-    if not config.pattern_per_document:
-        return states[:, 0]
-    return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
 SHARE_OF_MASK_TOKENS = 0.15 * 0.8
@@ -322,15 +298,19 @@ class BigBirdSelfAttention(nn.Module):
                 "self-attention: call layer.crossattention, which a model with add_cross_attention=True has."
             )
         past_key_values = the_cache(past_key_values, cache)
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         rotation = self._rotation(hidden_states, attention_mask, past_key_values, cache_position, cache_idx)
-        query = self.queries(hidden_states, rotation)
-        key, value = self.keys_and_values(hidden_states, rotation)
+        query, key, value = self.queries_keys_and_values(hidden_states, rotation)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, cache_idx, {"cache_position": cache_position})
+            key, value = self.update(past_key_values, key, value, cache_idx, cache_position)
         return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
+
+    @staticmethod
+    def update(cache, key: Tensor, value: Tensor, cache_idx: int, cache_position: Tensor | None):
+        """Adds keys and values to a cache. Returns all that it holds."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        return cache.update(key, value, cache_idx, {"cache_position": cache_position})
 
     def _rotation(self, hidden_states, attention_mask, cache, cache_position, cache_idx) -> Rotation | None:
         """As the plan says, or alone that of the places behind what the cache holds."""
@@ -400,9 +380,17 @@ class BigBirdSelfAttention(nn.Module):
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
         return self._split_heads(linear(self.query, states), rotation)
 
+    def queries_keys_and_values(
+        self, states: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All three in the shape of the queries. Values are not turned."""
+        query, key, value = linears((self.query, self.key, self.value), states)
+        return self._split_heads(query, rotation), self._split_heads(key, rotation), self._split_heads(value)
+
     def keys_and_values(self, states: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """Both in the shape of the queries. Values are not turned."""
-        return self._split_heads(linear(self.key, states), rotation), self._split_heads(linear(self.value, states))
+        """The latter two."""
+        key, value = linears((self.key, self.value), states)
+        return self._split_heads(key, rotation), self._split_heads(value)
 
     def _split_heads(self, states: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`, turned."""
@@ -473,8 +461,12 @@ class BigBirdOutput(nn.Module):
 
     def _project(self, states, residual):
         if self.dropout.training:
-            return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
+            return self.add(linear(self.dense, states), residual)
         return self.LayerNorm(linear(self.dense, states, residual=residual))
+
+    def add(self, projected: Tensor, residual: Tensor) -> Tensor:
+        """What follows the projection."""
+        return self.LayerNorm(self.dropout(projected) + residual)
 
 
 class BigBirdSelfOutput(BigBirdOutput):
@@ -608,7 +600,18 @@ class BigBirdLayer(GradientCheckpointingLayer):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
-        return self.output(self.intermediate(self.LayerNorm(attention_output)), attention_output)
+        states = self.LayerNorm(attention_output)
+        if self._trains_as_one(states):
+            return self.output.add(feed_forward(self.intermediate.dense, self.output.dense, states), attention_output)
+        return self.output(self.intermediate(states), attention_output)
+
+    def _trains_as_one(self, states):
+        intermediate, output = self.intermediate, self.output
+        if type(intermediate) is not BigBirdIntermediate or type(output) is not BigBirdOutput:
+            return False
+        if is_watched(intermediate) or is_watched(output):
+            return False
+        return trains_as_one(intermediate.dense, intermediate.intermediate_act_fn, output.dense, states)
 
     @property
     def attention_type(self) -> str:
@@ -627,44 +630,26 @@ class BigBirdLayer(GradientCheckpointingLayer):
         is_ours = type(attention) is BigBirdAttention and type(attention.self) is BigBirdSelfAttention
         return is_ours and not attention.self.training
 
-    def stream(self, states: Tensor, plan: Plan) -> None:
+    def stream(self, states: Tensor, plan: Plan, cache=None, cache_idx: int = 0, cache_position=None) -> None:
         """As `forward`, in inference, but written over `states`, one of the `chunks` of a plan: of a document that is
-        longer than `tokens_per_chunk` some blocks after others. What that takes does not grow with the length."""
+        longer than `tokens_per_chunk` some blocks after others. What that takes does not grow with the length, but for
+        keys and values of one layer where others than those near a token are read. With a cache, `states` are those of
+        all documents."""
         attention, size = self.attention.self, self.tokens_per_chunk(states)
-        document = plan.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
-        if document is None or not is_streamable(document[0]):
-            states.copy_(self(states, plan)[0])
+        if cache is not None:
+            read = keys_and_values(self, states, plan.rotation)
+            read = attention.update(cache, *read, cache_idx, cache_position)
+            for row, (own, own_plan) in enumerate(plan.chunks(states, 1)):
+                cached = [tensor[row : row + 1] for tensor in read]
+                stream_document(self, own, own_plan.document(attention), own_plan.rotation, size, cached)
+        elif states[..., 0].numel() > size and plan.has_one_document:
+            stream_document(self, states, plan.document(attention), plan.rotation, size)
         else:
-            self._stream_document(states, *document, plan.rotation, size)
+            states.copy_(self(states, plan)[0])
 
     def tokens_per_chunk(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""
         return per_chunk(self.intermediate_size * hidden_states.element_size())
-
-    def _stream_document(self, states, pattern, key_mask, rotation, size):
-        attention, block_size = self.attention.self, pattern.block_size
-        first, last = pattern.first_row * block_size, pattern.last_row * block_size
-
-        def entering(states, *places):
-            return self.attention.LayerNorm(states), rotation and rotation.of(*places)
-
-        ends = torch.cat((states[:, :first], states[:, last:]), dim=1)
-        of_ends = entering(ends, slice(first), slice(last, None))
-        asked, read = attention.queries(*of_ends), attention.keys_and_values(*of_ends)
-        stream = Stream(pattern, asked, *read, key_mask, scaling=attention.scaling)
-        for rows in chunks(pattern.first_row, pattern.last_row, max(1, size // block_size)):
-            blocks = stream.blocks_before(rows)
-            if blocks:
-                near = stream.tokens(blocks)
-                stream.read(*attention.keys_and_values(*entering(states[:, near], near)))
-            own = stream.tokens(rows)
-            run = states[:, own]
-            run.copy_(self._after_attention(stream.attend(rows, attention.queries(*entering(run, own))), run))
-        ends = self._after_attention(stream.outer_context(), ends)
-        states[:, :first], states[:, last:] = ends[:, :first], ends[:, first:]
-
-    def _after_attention(self, context, states):
-        return self.feed_forward_chunk(self.attention.output(context.transpose(1, 2).flatten(2), states))
 
 
 class BigBirdEncoder(nn.Module):
@@ -703,7 +688,8 @@ class BigBirdEncoder(nn.Module):
             hidden_states: `[batch, length, hidden_size]`, or what has entered the plan. What comes out has left it.
             head_mask: for each layer a head mask or None.
             use_cache: whether to make a cache, if none is given.
-            streams: whether the layers write over the states that come in, part after part.
+            streams: whether the layers write over the states that come in, part after part; without what is given for
+                cross-attention.
         """
         refuse_block_masks(
             band_mask=band_mask, from_mask=from_mask, to_mask=to_mask, blocked_encoder_mask=blocked_encoder_mask
@@ -713,11 +699,11 @@ class BigBirdEncoder(nn.Module):
         else:
             batch, length = hidden_states.shape[:2]
             plan = Plan((), batch, length, positions=torch.arange(length)[None])
-        if streams:
-            return self._stream(hidden_states, plan)
         past_key_values = the_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if streams:
+            return self._stream(hidden_states, plan, past_key_values, cache_position)
         kwargs = {"past_key_values": past_key_values, "output_attentions": output_attentions}
         kwargs |= {"cache_position": cache_position}
         all_hidden_states: tuple[Tensor, ...] = ()
@@ -743,14 +729,15 @@ class BigBirdEncoder(nn.Module):
         )
         return output if return_dict else output.to_tuple()
 
-    def _stream(self, hidden_states, plan):
+    def _stream(self, hidden_states, plan, cache, cache_position):
         size = self.layer[0].tokens_per_chunk(hidden_states)
-        for states, own_plan in plan.chunks(hidden_states, size):
-            for layer in self.layer:
-                layer.stream(states, own_plan)
+        together = [(hidden_states, plan)]  # a cache takes keys and values of all documents at once
+        for states, own_plan in plan.chunks(hidden_states, size) if cache is None else together:
+            for cache_idx, layer in enumerate(self.layer):
+                layer.stream(states, own_plan, cache, cache_idx, cache_position)
             for run in states.split(size, dim=1):
                 run.copy_(self.LayerNorm(run))
-        return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states))
+        return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states), **{CACHE: cache})
 
     @property
     def attention_type(self) -> str:
@@ -1029,7 +1016,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds, scales)
         hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
         asked = as_configured(self.config, output_attentions, output_hidden_states)
-        asks_for_more = any(asked) or head_mask is not None
+        asks_for_more = any(asked) or head_mask is not None or encoder_hidden_states is not None
         outputs = self.encoder(
             hidden_states,
             plan,
@@ -1044,7 +1031,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
-                plan.first_states(outputs.last_hidden_state), attention_mask, position_ids if has_documents else None
+                plan, outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
             ),
             **outputs,
         )
@@ -1113,10 +1100,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _uses_pooler(self) -> bool:
         return self.pooler is not None and not self.pooler_is_idle
 
-    def _pool(self, hidden_states, attention_mask, position_ids):
+    def _pool(self, plan, hidden_states, attention_mask, position_ids):
         if self.pooler is None:
             return None
-        return self.activation(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
+        states = plan.first_states(hidden_states, attention_mask, self.config, position_ids)
+        return self.activation(self.pooler(states))
 
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""

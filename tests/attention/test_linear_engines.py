@@ -35,8 +35,9 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
         blocks = own_random_blocks(sparsity.num_layouts, others["own_rows"], r)
         sparsity = replace(sparsity, random_blocks=blocks)
     num_blocks = sparsity.full_attention_length // block + extra_blocks
+    pattern = sparsity.pattern(num_blocks, layer_idx=1, training=others.get("training", False))
     return {
-        "pattern": sparsity.pattern(num_blocks, layer_idx=1, training=others.get("training", False)),
+        "pattern": sparsity.causal_pattern(num_blocks, layer_idx=1) if others.get("causal") else pattern,
         "shape": (batch, heads, num_blocks * block + others.get("extra", 0), head_dim),
         "padding": others.get("padding", "none"),
         "extra": others.get("extra", 0),
