@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import torch
@@ -27,13 +27,15 @@ from .attention.engines import Call, choose_engine
 from .configuration_big_bird import BigBirdConfig
 from .cpu import has_onednn, onednn_product
 from .environment import describe_environment
+from .int8 import most_of_states
 from .modeling_big_bird import BigBirdModel
+from .quantization import quantize
 
 HIDDEN, INTERMEDIATE, HEADS = 768, 3072, 12  # the base size
 WARM_UP = 768  # tokens: few, but more than transformers' BigBird takes for too few, after which it stays dense
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DTYPES = ("float32", "bfloat16", "float16")
-OURS, MODERNBERT = "bigbird_plus", "ModernBERT"
+OURS, OURS_INT8, MODERNBERT = "bigbird_plus", "bigbird_plus, int8", "ModernBERT"
 
 
 def _dense(**sizes):
@@ -57,12 +59,19 @@ def _modernbert(**sizes):
     return transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, attn_implementation="sdpa"))
 
 
-BIG_BIRDS = {
-    OURS: lambda **sizes: BigBirdModel(BigBirdConfig(**sizes, **NO_DROPOUT), add_pooling_layer=False),
-    "built-in BigBird": _built_in,
+def _ours(**sizes):
+    return BigBirdModel(BigBirdConfig(**sizes, **NO_DROPOUT), add_pooling_layer=False)
+
+
+BUILT_IN = {"built-in BigBird": _built_in}
+CONTESTANTS = {OURS: _ours, **BUILT_IN, "dense sdpa": _dense}
+MODELS = {
+    OURS: _ours,
+    OURS_INT8: lambda **sizes: quantize(_ours(**sizes)),
+    **BUILT_IN,
+    "Longformer": _longformer,
+    MODERNBERT: _modernbert,
 }
-CONTESTANTS = {**BIG_BIRDS, "dense sdpa": _dense}
-MODELS = {**BIG_BIRDS, "Longformer": _longformer, MODERNBERT: _modernbert}
 LAYERS = {MODERNBERT: 22}
 """Of the published model of the base size, where they are not 12."""
 
@@ -110,7 +119,13 @@ class Settings:
     @property
     def contestants(self) -> tuple[str, ...]:
         """Names of those that take part."""
-        return tuple(MODELS if self.models else CONTESTANTS)
+        names = MODELS if self.models else CONTESTANTS
+        return tuple(name for name in names if name != OURS_INT8 or self._runs_int8)
+
+    @property
+    def _runs_int8(self) -> bool:
+        is_inference_on_cpu = self.device == "cpu" and not self.train
+        return is_inference_on_cpu and self.dtype == "float32" and bool(most_of_states())
 
     @property
     def factory(self) -> dict:
@@ -271,13 +286,23 @@ def peak_in_child(name: str, length: int, settings: Settings) -> tuple[bool, int
 
     It runs in a process of its own.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=_fresh_processes()) as pool:
         try:
             return True, pool.submit(_peak_of_step, name, length, settings).result()
         except (RuntimeError, MemoryError) as error:
             if not _is_want_of_memory(error):
                 raise
             return False, None
+
+
+def _fresh_processes():
+    """A context for processes in which nothing has been computed. Where the system can, they come from one that has
+    imported the libraries, which else takes each of them seconds."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
+    return context
 
 
 def _is_want_of_memory(error: Exception) -> bool:

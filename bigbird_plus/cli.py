@@ -209,7 +209,7 @@ def bench(
     batch: Annotated[int, typer.Option(help="Inputs in a batch.")] = 1,
     repeats: Annotated[int, typer.Option(help="Turns, whose median counts.")] = 3,
     models: Annotated[
-        bool, typer.Option("--models", help="Show tokens a second, beside Longformer and ModernBERT.")
+        bool, typer.Option("--models", help="Show tokens a second: int8, Longformer and ModernBERT, too.")
     ] = False,
     context_parallel: Annotated[
         int | None, typer.Option(help="Instead: what so many processes send as they share a document.")
@@ -257,7 +257,7 @@ def convert(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="A BigBird encoder: a local folder, or a name on the Hub.")],
+    source: Annotated[str, typer.Argument(help="A BigBird or BigBird-Pegasus: a local folder, or a name on the Hub.")],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Turn the linear layers of an encoder into int8 ones, for inference on CPUs."""

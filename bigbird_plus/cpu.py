@@ -1,6 +1,6 @@
 """What makes layers faster on a CPU: linear layers by oneDNN's matrix product where that is the faster one, in float32
-where the processor has no instructions for half precision, and parts of a layer that take each token by itself, done
-for some tokens after others.
+where the processor has no instructions for half precision, a feed-forward part that keeps what its gradients need, and
+parts of a layer that take each token by itself, done for some tokens after others.
 
 torch carries two matrix products for CPUs. In float32 it takes MKL's, which on AMD's processors does not use their
 512-bit instructions and then runs at a good half of the speed of oneDNN's; without those instructions it is the faster
@@ -9,13 +9,14 @@ process to process.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .attention.common import (
     EMULATED,
@@ -26,7 +27,7 @@ from .attention.common import (
     is_transformed,
     per_chunk,
 )
-from .int8 import Int8Linear
+from .int8 import Int8Linear, products
 
 
 class TanhGELU(nn.Module):
@@ -58,6 +59,14 @@ def linear(layer: nn.Module, states: Tensor, activation=None, residual: Tensor |
     if activation is not None:
         states = activation(states)
     return states if residual is None else states + residual
+
+
+def linears(layers: Sequence[nn.Module], states: Tensor) -> list[Tensor]:
+    """`[linear(layer, states) for layer in layers]`, of layers with as many inputs. Those in int8 quantize the states
+    once."""
+    if all(type(layer) is Int8Linear and not is_watched(layer) for layer in layers):
+        return products(layers, states)
+    return [linear(layer, states) for layer in layers]
 
 
 def _product(layer, states, activation, residual):
@@ -233,11 +242,14 @@ def _product_with_gelu(layer: nn.Linear, states: Tensor) -> Tensor:
 def _tanh_gelu_in_place(states: Tensor) -> Tensor:
     """`x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))`, which is the same, for as many rows at a time as stay in the
     cache. Torch's own kernel takes twice as long, for its tanh."""
-    factor = torch.tensor(2 * math.sqrt(2 / math.pi))
-    cubic = 0.044715 * factor.item()
+    factor = torch.tensor(_GELU_FACTOR)
     for rows in states.view(-1, states.shape[-1]).split(max(1, NUMBERS_IN_CACHE // states.shape[-1])):
-        rows.mul_(torch.addcmul(factor, rows, rows, value=cubic).mul_(rows).sigmoid_())
+        rows.mul_(torch.addcmul(factor, rows, rows, value=_GELU_CUBIC).mul_(rows).sigmoid_())
     return states
+
+
+_GELU_FACTOR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_FACTOR
 
 
 def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""):
@@ -251,21 +263,111 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias):
         ctx.save_for_backward(states, weight)
-        ctx.has_bias = bias is not None
         return onednn_product(states, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         states, weight = ctx.saved_tensors
-        needs_states, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        # With create_graph=True gradients are differentiated again, which oneDNN's products are not.
-        product = nn.functional.linear if torch.is_grad_enabled() else onednn_product
+        needs_states, *needs_others = ctx.needs_input_grad
+        return (_of_states(grad, weight) if needs_states else None, *_of_parameters(grad, states, *needs_others))
+
+
+def _of_states(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what is multiplied with a weight, from that of the product."""
+    # With create_graph=True gradients are differentiated again, which oneDNN's products are not.
+    if torch.is_grad_enabled() or not float32_is_onednn():
+        return grad @ weight
+    return onednn_product(grad.contiguous(), weight.t().contiguous(), None)
+
+
+def _of_parameters(grad: Tensor, states: Tensor, needs_weight: bool, needs_bias: bool):
+    """The gradients of weight and bias, each where it is wanted."""
+    rows = grad.reshape(-1, grad.shape[-1])  # not `flatten`, which gradients of a batch at once have not
+    of_weight = rows.t() @ states.reshape(-1, states.shape[-1]) if needs_weight else None
+    return of_weight, rows.sum(0) if needs_bias else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trains_as_one(first: nn.Module, activation, second: nn.Module, states: Tensor) -> bool:
+    """Whether `feed_forward` can take the place of two layers and the activation between them, which saves time where
+    gradients are wanted."""
+    if states.device.type != "cpu" or not torch.is_grad_enabled() or is_tracing() or is_transformed():
+        return False
+    if states.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or type(activation) is not TanhGELU:
+        return False
+    if forward_ad.unpack_dual(states).tangent is not None:
+        return False
+    if not all(_is_plain(layer) and _suits(layer.weight, states) for layer in (first, second)):
+        return False
+    return any(tensor.requires_grad for tensor in (states, *first.parameters(), *second.parameters()))
+
+
+def feed_forward(first: nn.Linear, second: nn.Linear, states: Tensor) -> Tensor:
+    """`second(TanhGELU()(first(states)))`, of and to `[..., width]`."""
+    return _FeedForward.apply(states, first.weight, first.bias, second.weight, second.bias)
+
+
+class _FeedForward(torch.autograd.Function):
+    """Two products, and GELU between them. Its derivative is computed with it, and written over the first product,
+    which nothing else needs."""
+
+    @staticmethod
+    def forward(ctx, states, first, first_bias, second, second_bias):
+        multiply = onednn_product if float32_is_onednn() else nn.functional.linear
+        product = multiply(states, first, first_bias)
+        activated = torch.empty_like(product)
+        _tanh_gelu_and_derivative(product, activated)
+        needs = ctx.needs_input_grad
+        kept = (activated if needs[3] else None, product if any(needs[:3]) else None)
+        ctx.save_for_backward(states, first, first_bias, second, second_bias, *kept)
+        return multiply(activated, second, second_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, activated, derivative = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: what comes out is to be differentiated again
+            return _gradients_by_torch(grad, inputs, needs)
+        states, first, _, second, _ = inputs
+        inner = _of_states(grad, second).mul_(derivative) if any(needs[:3]) else None
         return (
-            product(grad.contiguous(), weight.t().contiguous(), None) if needs_states else None,
-            rows.t() @ states.flatten(0, -2) if needs_weight else None,
-            rows.sum(0) if ctx.has_bias and needs_bias else None,
+            _of_states(inner, first) if needs[0] else None,
+            *(_of_parameters(inner, states, *needs[1:3]) if any(needs[1:3]) else (None, None)),
+            *_of_parameters(grad, activated, *needs[3:]),
         )
+
+
+def _gradients_by_torch(grad, inputs, needs) -> tuple[Tensor | None, ...]:
+    """Those of `_FeedForward`, which have gradients themselves."""
+    states, first, first_bias, second, second_bias = inputs
+    activated = nn.functional.gelu(nn.functional.linear(states, first, first_bias), approximate="tanh")
+    result = nn.functional.linear(activated, second, second_bias)
+    wanted = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
+    grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
+    return tuple(next(grads) if is_needed else None for is_needed in needs)
+
+
+def _tanh_gelu_and_derivative(states: Tensor, activated: Tensor) -> None:
+    """Writes the activation to `activated`, and its derivative over `states`, for as many rows at a time as stay in
+    the cache. With `x s`, `s = sigmoid(z)`, for the activation (see `_tanh_gelu_in_place`), that is
+    `s + x s (1 - s) dz/dx`."""
+    factor = torch.tensor(_GELU_FACTOR)
+    size, width = max(1, NUMBERS_IN_CACHE // states.shape[-1]), states.shape[-1]
+    for rows, results in zip(states.view(-1, width).split(size), activated.view(-1, width).split(size), strict=True):
+        sigmoid = torch.addcmul(factor, rows, rows, value=_GELU_CUBIC).mul_(rows).sigmoid_()
+        inner = torch.addcmul(factor, rows, rows, value=3 * _GELU_CUBIC)
+        torch.mul(rows, sigmoid, out=results)
+        torch.addcmul(results, results, sigmoid, value=-1, out=rows)
+        rows.mul_(inner).add_(sigmoid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens after tokens
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def in_chunks(function, *tensors: Tensor, width: int, modules: Iterable[nn.Module]) -> Tensor:

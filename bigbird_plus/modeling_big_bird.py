@@ -17,13 +17,7 @@ from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache,
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
 from .attention.common import is_exporting, may_read_values, per_chunk
-from .attention.documents import (
-    Flattened,
-    document_positions,
-    first_tokens,
-    holds_documents,
-    uncompiled_for_documents,
-)
+from .attention.documents import Flattened, document_positions, holds_documents, uncompiled_for_documents
 from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
@@ -32,7 +26,7 @@ from .attention.processes import active_processes
 from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
-from .cpu import TanhGELU, in_chunks, is_watched, linear
+from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
 from .streaming import keys_and_values, stream_document
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
@@ -120,24 +114,6 @@ def refuse_empty(inputs: Tensor) -> None:
     """Raises a `ValueError` unless there is a token."""
     if inputs.shape[1] == 0:
         raise ValueError("The input has the length 0. Give at least one token.")
-
-
-def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
-    """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
-    the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
-    if not config.pattern_per_document or attention_mask is None or attention_mask.dim() != 2:
-        return torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
-    return (attention_mask != 0).int().argmax(dim=-1)
-
-
-def first_states(states: Tensor, attention_mask: Tensor | None, config, position_ids: Tensor | None = None) -> Tensor:
-    """`[documents, hidden_size]`: the state of each document's first token. `position_ids` is given if rows hold
-    several documents, in which each starts anew; otherwise there is one in each row."""
-    if position_ids is not None:
-        return states[first_tokens(position_ids, states.shape[0])]
-    if not config.pattern_per_document:
-        return states[:, 0]
-    return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
 
 
 SHARE_OF_MASK_TOKENS = 0.15 * 0.8
@@ -324,8 +300,7 @@ class BigBirdSelfAttention(nn.Module):
         past_key_values = the_cache(past_key_values, cache)
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         rotation = self._rotation(hidden_states, attention_mask, past_key_values, cache_position, cache_idx)
-        query = self.queries(hidden_states, rotation)
-        key, value = self.keys_and_values(hidden_states, rotation)
+        query, key, value = self.queries_keys_and_values(hidden_states, rotation)
         if past_key_values is not None:
             key, value = self.update(past_key_values, key, value, cache_idx, cache_position)
         return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
@@ -405,9 +380,17 @@ class BigBirdSelfAttention(nn.Module):
         """`[batch, heads, length, attention_head_size]` of `[batch, length, hidden_size]`."""
         return self._split_heads(linear(self.query, states), rotation)
 
+    def queries_keys_and_values(
+        self, states: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All three in the shape of the queries. Values are not turned."""
+        query, key, value = linears((self.query, self.key, self.value), states)
+        return self._split_heads(query, rotation), self._split_heads(key, rotation), self._split_heads(value)
+
     def keys_and_values(self, states: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """Both in the shape of the queries. Values are not turned."""
-        return self._split_heads(linear(self.key, states), rotation), self._split_heads(linear(self.value, states))
+        """The latter two."""
+        key, value = linears((self.key, self.value), states)
+        return self._split_heads(key, rotation), self._split_heads(value)
 
     def _split_heads(self, states: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`[batch, length, all_head_size]` -> `[batch, heads, length, attention_head_size]`, turned."""
@@ -478,8 +461,12 @@ class BigBirdOutput(nn.Module):
 
     def _project(self, states, residual):
         if self.dropout.training:
-            return self.LayerNorm(self.dropout(linear(self.dense, states)) + residual)
+            return self.add(linear(self.dense, states), residual)
         return self.LayerNorm(linear(self.dense, states, residual=residual))
+
+    def add(self, projected: Tensor, residual: Tensor) -> Tensor:
+        """What follows the projection."""
+        return self.LayerNorm(self.dropout(projected) + residual)
 
 
 class BigBirdSelfOutput(BigBirdOutput):
@@ -613,7 +600,18 @@ class BigBirdLayer(GradientCheckpointingLayer):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """`[batch, length, hidden_size]`, each token by itself."""
-        return self.output(self.intermediate(self.LayerNorm(attention_output)), attention_output)
+        states = self.LayerNorm(attention_output)
+        if self._trains_as_one(states):
+            return self.output.add(feed_forward(self.intermediate.dense, self.output.dense, states), attention_output)
+        return self.output(self.intermediate(states), attention_output)
+
+    def _trains_as_one(self, states):
+        intermediate, output = self.intermediate, self.output
+        if type(intermediate) is not BigBirdIntermediate or type(output) is not BigBirdOutput:
+            return False
+        if is_watched(intermediate) or is_watched(output):
+            return False
+        return trains_as_one(intermediate.dense, intermediate.intermediate_act_fn, output.dense, states)
 
     @property
     def attention_type(self) -> str:
@@ -1033,7 +1031,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
-                plan.first_states(outputs.last_hidden_state), attention_mask, position_ids if has_documents else None
+                plan, outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
             ),
             **outputs,
         )
@@ -1102,10 +1100,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _uses_pooler(self) -> bool:
         return self.pooler is not None and not self.pooler_is_idle
 
-    def _pool(self, hidden_states, attention_mask, position_ids):
+    def _pool(self, plan, hidden_states, attention_mask, position_ids):
         if self.pooler is None:
             return None
-        return self.activation(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
+        states = plan.first_states(hidden_states, attention_mask, self.config, position_ids)
+        return self.activation(self.pooler(states))
 
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""

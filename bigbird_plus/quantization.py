@@ -1,12 +1,13 @@
-"""`quantize(model)`: the linear layers of an encoder in 8 bits. `save_pretrained` and `from_pretrained` keep them, by
+"""`quantize(model)`: the linear layers of encoders in 8 bits. `save_pretrained` and `from_pretrained` keep them, by
 transformers' registry of quantizers (see `auto`)."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, BigBirdPegasusConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -14,19 +15,38 @@ from .configuration_big_bird import BigBirdConfig
 from .conversion import MODELS, load_tokenizer
 from .int8 import Int8Linear, require_int8
 from .modeling_big_bird import BigBirdEncoder, BigBirdPreTrainedModel
+from .modeling_bigbird_pegasus import (
+    BigBirdPegasusEncoder,
+    BigBirdPegasusForConditionalGeneration,
+    BigBirdPegasusForQuestionAnswering,
+    BigBirdPegasusForSequenceClassification,
+    BigBirdPegasusModel,
+    BigBirdPegasusPreTrainedModel,
+)
 
 METHOD = "bigbird_int8"
 
 
-def quantize(model: BigBirdPreTrainedModel) -> BigBirdPreTrainedModel:
+ENCODERS = (BigBirdEncoder, BigBirdPegasusEncoder)
+PEGASUS_MODELS = (
+    BigBirdPegasusModel,
+    BigBirdPegasusForConditionalGeneration,
+    BigBirdPegasusForSequenceClassification,
+    BigBirdPegasusForQuestionAnswering,
+)
+
+AnyModel = TypeVar("AnyModel", BigBirdPreTrainedModel, BigBirdPegasusPreTrainedModel)
+
+
+def quantize(model: AnyModel) -> AnyModel:
     """Turn the linear layers of a model's encoder into int8 ones, in place, for inference on a CPU.
 
     Weights are rounded once, with a scale for each output; the states that they meet are rounded as they come, with a
-    scale for each token. Nothing is calibrated. Embeddings and heads stay what they are. The encoder is frozen, its
-    embeddings included; what is above it can still be trained.
+    scale for each token. Nothing is calibrated. Embeddings, heads and the decoder of BigBird-Pegasus stay what they
+    are: those of language models share their weights with embeddings. All but heads is frozen.
 
     Args:
-        model: a BigBird of this package, with any head, on a CPU. The encoder-decoder is none of them.
+        model: a BigBird or BigBird-Pegasus of this package, with any head, on a CPU.
 
     Returns:
         The same model. `save_pretrained` writes it, and `from_pretrained` reads it back.
@@ -46,7 +66,7 @@ def quantize(model: BigBirdPreTrainedModel) -> BigBirdPreTrainedModel:
     return model
 
 
-def quantize_checkpoint(source: str | Path, target: str | Path) -> BigBirdPreTrainedModel:
+def quantize_checkpoint(source: str | Path, target: str | Path) -> PreTrainedModel:
     """`quantize`s a checkpoint, and writes it with its tokenizer, where it has one, into a new folder.
 
     Args:
@@ -57,16 +77,16 @@ def quantize_checkpoint(source: str | Path, target: str | Path) -> BigBirdPreTra
         The new model, in evaluation mode.
 
     Raises:
-        ValueError: if `target` is not empty or `source` no BigBird encoder, and as `quantize` does.
+        ValueError: if `target` is not empty or `source` no BigBird, and as `quantize` does.
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target must be a new or an empty folder, but {target} is not empty.")
     config = AutoConfig.from_pretrained(source)
     name = (config.architectures or ["BigBirdModel"])[0]
-    model_class = {model.__name__: model for model in MODELS}.get(name)
-    if not isinstance(config, BigBirdConfig) or model_class is None:
-        raise ValueError(f"source must be a BigBird encoder, but {source} is a {config.model_type}, {name}.")
+    model_class = {model.__name__: model for model in (*MODELS, *PEGASUS_MODELS)}.get(name)
+    if not isinstance(config, (BigBirdConfig, BigBirdPegasusConfig)) or model_class is None:
+        raise ValueError(f"source must be a BigBird, but {source} is a {config.model_type}, {name}.")
     model = quantize(model_class.from_pretrained(source).eval())
     model.save_pretrained(target)
     tokenizer = load_tokenizer(source)
@@ -124,14 +144,14 @@ class BigBirdInt8Quantizer(HfQuantizer):
 
 
 def _check(model) -> None:
-    if not isinstance(model, BigBirdPreTrainedModel):
+    if not isinstance(model, (BigBirdPreTrainedModel, BigBirdPegasusPreTrainedModel)):
         raise ValueError(
             f"model must be a BigBird of bigbird_plus, not a {type(model).__module__}.{type(model).__name__}."
         )
 
 
 def _replace_layers(model: nn.Module, make: Callable[[nn.Linear], Int8Linear]) -> None:
-    encoders = [module for module in model.modules() if isinstance(module, BigBirdEncoder)]
+    encoders = [module for module in model.modules() if isinstance(module, ENCODERS)]
     parents = [module for encoder in encoders for module in encoder.modules()]
     for parent in parents:
         for name, child in parent.named_children():

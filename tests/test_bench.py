@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from bigbird_plus import bench
+from bigbird_plus.int8 import Int8Linear, most_of_states
 
 MIB = 2**20
 BUILT_IN, DENSE = "built-in BigBird", "dense sdpa"
@@ -63,8 +64,14 @@ def test_command(run_command, tmp_path, monkeypatch):
     assert products["ratio"] == ours["seconds_per_layer"] / min(products["seconds"].values())
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", sorted({*bench.CONTESTANTS, *bench.MODELS}))
+def everybody():
+    """All contestants, in inference and in training."""
+    for train in (False, True):
+        for name in sorted({*bench.CONTESTANTS, *bench.Settings((1,), train=train, models=True).contestants}):
+            yield name, train
+
+
+@pytest.mark.parametrize(("name", "train"), list(everybody()))
 def test_contestants_run(name, train):
     """Each is of the same width, and has positions enough for a length that is no multiple of anybody's blocks."""
     settings = bench.Settings((767,), train=train, layers=1)
@@ -78,6 +85,19 @@ def test_contestants_run(name, train):
     assert states[0].isfinite().all()
     assert states[0].requires_grad is train
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not most_of_states(), reason="this torch has no oneDNN operators for integers")
+def test_int8_takes_part_where_it_runs(monkeypatch):
+    """Among whole models in inference on a CPU, in float32; not without torch's operators."""
+    assert bench.Settings((1,), models=True).contestants[:2] == ("bigbird_plus", "bigbird_plus, int8")
+    model = bench.build(bench.OURS_INT8, 1, bench.Settings((1,), layers=1))
+    assert sum(type(module) is Int8Linear for module in model.modules()) == 6
+    others = [{"models": False}, {"train": True}, {"dtype": "bfloat16"}]
+    for other in others:
+        assert bench.OURS_INT8 not in bench.Settings((1,), **{"models": True, **other}).contestants
+    monkeypatch.setattr(bench, "most_of_states", lambda: 0)
+    assert bench.OURS_INT8 not in bench.Settings((1,), models=True).contestants
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -239,9 +259,12 @@ def test_plot_draws_speed_and_memory_and_leaves_out_what_is_missing(tmp_path, mo
     bench.plot(report(models=True), tmp_path / "out.svg")
     speed, memory = figures[0].axes
     lines = {line.get_label(): line for line in speed.get_lines()}
-    assert list(lines) == list(bench.MODELS)
+    contestants = bench.Settings((1024,), models=True).contestants
+    assert list(lines) == list(contestants)
     assert [round(value) for value in lines["bigbird_plus"].get_ydata()] == [85, 85]
     assert list(lines[BUILT_IN].get_xdata()) == [1024]
-    assert [list(line.get_ydata()) for line in memory.get_lines()] == [[1.0, 2.0], [1.0], [1.0, 2.0], []]
+    peaks = {line.get_label(): list(line.get_ydata()) for line in memory.get_lines()}
+    expected = {name: [1.0, 2.0] for name in contestants} | {BUILT_IN: [1.0], bench.MODERNBERT: []}
+    assert peaks == expected
     assert "a processor" in figures[0].get_supxlabel()
     assert "<svg" in (tmp_path / "out.svg").read_text()

@@ -1,14 +1,18 @@
 """Linear layers by oneDNN: the same numbers as torch's, wherever they are taken."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from bigbird_plus import cpu as module
+from bigbird_plus import modeling_big_bird as modeling
 from bigbird_plus.attention import common
 from bigbird_plus.cpu import TanhGELU, linear, prefers_onednn
 
-from .peers import make_pair, random_ids
+from .peers import make_model, make_pair, random_ids
 
 tanh_gelu = TanhGELU()
 
@@ -121,6 +125,113 @@ def test_not_taken_where_it_does_not_belong(by_onednn, layer):
         assert not prefers_onednn(states)
         assert linear(layer, states).dtype is torch.bfloat16
     assert linear(layer, torch.empty(0, 24)).shape == (0, 40)
+
+
+def two_layers(bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(24, 40, bias), nn.Linear(40, 16, bias)
+
+
+def both_ways(states, first, second):
+    """The feed-forward part, and what it stands for in double precision, with their inputs."""
+    exact = [copy.deepcopy(layer).double() for layer in (first, second)]
+    double = states.detach().double().requires_grad_(states.requires_grad)
+    inputs = [states, *first.parameters(), *second.parameters()]
+    doubles = [double, *exact[0].parameters(), *exact[1].parameters()]
+    assert module.trains_as_one(first, tanh_gelu, second, states)
+    found = module.feed_forward(first, second, states)
+    return (found, inputs), (exact[1](tanh_gelu(exact[0](double))), doubles)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("is_onednn", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("states",), ("first",), ("second",), ("states", "first")])
+def test_feed_forward(monkeypatch, bias, is_onednn, frozen):
+    monkeypatch.setattr(module, "float32_is_onednn", lambda: is_onednn)
+    monkeypatch.setattr(module, "NUMBERS_IN_CACHE", 100)  # two rows
+    first, second = two_layers(bias)
+    for name, layer in (("first", first), ("second", second)):
+        layer.requires_grad_(name not in frozen)
+    states = 3 * torch.randn(2, 7, 24)
+    states.requires_grad_("states" not in frozen)
+    (found, inputs), (exact, doubles) = both_ways(states, first, second)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(2, 7, 16)
+    wanted = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+    actual = torch.autograd.grad(found, [inputs[index] for index in wanted], grad)
+    expected = torch.autograd.grad(exact, [doubles[index] for index in wanted], grad.double())
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_derivative_of_the_activation():
+    """For numbers of every size that occurs."""
+    states = torch.tensor([[0.0, 1e-30, 1e-3, 0.5, 1.0, 3.0, 6.0, 1e5, -1e5, -20.0, -6.0, -3.0, -1.0]])
+    exact = states.double().requires_grad_()
+    expected = tanh_gelu(exact)
+    activated = torch.empty_like(states)
+    module._tanh_gelu_and_derivative(states, activated)
+    torch.testing.assert_close(activated.double(), expected, rtol=5e-7, atol=5e-7)
+    derivative = torch.autograd.grad(expected.sum(), exact)[0]
+    torch.testing.assert_close(states.double(), derivative, rtol=2e-6, atol=2e-6)
+
+
+def test_feed_forward_again_and_again():
+    """Second derivatives; several gradients at once; a graph that is used twice."""
+    first, second = two_layers()
+    states = torch.randn(5, 24, requires_grad=True)
+    results = []
+    for found, inputs in both_ways(states, first, second):
+        some = torch.autograd.grad(found[0].sum(), inputs, retain_graph=True)
+        one = torch.autograd.grad(found[0, 1], inputs[0], retain_graph=True)[0]
+        many = torch.autograd.grad(
+            found, inputs[0], torch.eye(80).view(80, 5, 16).to(found), retain_graph=True, is_grads_batched=True
+        )[0]
+        assert torch.equal(torch.autograd.grad(found[0].sum(), inputs, retain_graph=True)[1], some[1])
+        torch.testing.assert_close(many[1], one, rtol=1e-5, atol=1e-5)
+        grads = torch.autograd.grad(found.sin().sum(), inputs, create_graph=True)
+        again = torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs[:4])
+        results.append([*some, many, *grads, *again])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_trains_as_one_unless_somebody_watches(monkeypatch):
+    """Hooks are called, and modules that stand in the place of others; with the same gradients."""
+    model, ids, calls, seen, grads = make_model(), random_ids(1, 120), [], [], []
+    monkeypatch.setattr(modeling, "feed_forward", lambda *args: calls.append(1) or module.feed_forward(*args))
+    for watched in (None, "intermediate", "output", "intermediate.dense", "intermediate.intermediate_act_fn"):
+        if watched:
+            handle = model.encoder.layer[0].get_submodule(watched).register_forward_hook(lambda *args: seen.append(1))
+        model(ids).last_hidden_state.sin().sum().backward()
+        assert (len(calls), len(seen)) == ((1, 1) if watched else (2, 0))
+        if watched:
+            handle.remove()
+        calls.clear()
+        seen.clear()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    for name, grad in grads[0].items():
+        for other in grads[1:]:
+            torch.testing.assert_close(grad, other[name], rtol=1e-4, atol=1e-4)
+
+
+def test_not_as_one_where_it_does_not_belong(layer):
+    second, states = nn.Linear(40, 24), torch.randn(3, 24)
+    assert module.trains_as_one(layer, tanh_gelu, second, states)
+    with torch.no_grad():
+        assert not module.trains_as_one(layer, tanh_gelu, second, states)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not module.trains_as_one(layer, tanh_gelu, second, states)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(states, states)
+        assert not module.trains_as_one(layer, tanh_gelu, second, dual)
+    assert not module.trains_as_one(layer, torch.tanh, second, states)
+    assert not module.trains_as_one(nn.Sequential(layer), tanh_gelu, second, states)
+    layer.requires_grad_(False), second.requires_grad_(False)
+    assert not module.trains_as_one(layer, tanh_gelu, second, states)
+    assert module.trains_as_one(layer, tanh_gelu, second, states.requires_grad_())
+    assert not module.trains_as_one(layer.double(), tanh_gelu, second, states)
 
 
 HALF = [torch.bfloat16, torch.float16]

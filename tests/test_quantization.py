@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import bigbird_plus
 from bigbird_plus import BigBirdInt8Config, cpu, demo, int8, quantize
@@ -16,6 +16,8 @@ from bigbird_plus.cli import main
 from bigbird_plus.int8 import Int8Linear
 
 from .peers import make_model, random_ids
+from .test_bigbird_pegasus import make_inputs
+from .test_bigbird_pegasus import make_pair as make_pegasus_pair
 
 pytestmark = pytest.mark.skipif(not int8.most_of_states(), reason="this torch has no oneDNN operators for integers")
 
@@ -62,6 +64,24 @@ def test_layer():
 
 
 @pytest.mark.torch_only
+def test_layers_that_share_the_states(monkeypatch):
+    """What each gets is, bit for bit, what it gets alone, and states are quantized once."""
+    shared = [Int8Linear.of(nn.Linear(24, outputs, bias)) for outputs, bias in ((40, True), (40, False), (8, True))]
+    states, calls = torch.randn(3, 50, 24), []
+    monkeypatch.setattr(common, "CHUNK_BYTES", 2**14)
+    expected = [layer(states) for layer in shared]
+    quantized = int8._quantized
+    monkeypatch.setattr(int8, "_quantized", lambda rows: calls.append(len(rows)) or quantized(rows))
+    found = cpu.linears(shared, states)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert sum(calls) == 150 and len(calls) > 1
+    seen = []
+    shared[1].register_forward_hook(lambda *args: seen.append(1))
+    assert torch.equal(cpu.linears(shared, states)[1], expected[1])
+    assert seen == [1]
+
+
+@pytest.mark.torch_only
 def test_layer_keeps_its_weight():
     quantized = Int8Linear.of(nn.Linear(24, 40))
     states, weights = torch.randn(5, 24), quantized.state_dict()
@@ -93,6 +113,34 @@ def test_models(name, tmp_path):
         assert len(layers(loaded)) == 12 and not loaded.training
         assert torch.equal(loaded(ids)[0], found)
         assert loaded.config.quantization_config.quant_method == "bigbird_int8"
+
+
+@pytest.mark.parametrize("head", ["ForConditionalGeneration", "ForSequenceClassification"])
+def test_pegasus(head, tmp_path):
+    """Its encoder in int8; the decoder, and the head that shares its weights with embeddings, as they were."""
+    _, model = make_pegasus_pair(head)
+    inputs = make_inputs()
+    inputs["input_ids"][:, -1] = model.config.eos_token_id  # which classifiers look for
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = quantize(model)(**inputs).logits
+        assert len(layers(model.get_encoder())) == len(layers(model)) == 12
+        assert 0 < relative_error(found, expected) < 0.1
+        model.save_pretrained(tmp_path)
+        loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        assert torch.equal(loaded(**inputs).logits, found)
+    if head == "ForConditionalGeneration":
+        ids = loaded.generate(**inputs, max_new_tokens=3)
+        assert torch.equal(ids, model.generate(**inputs, max_new_tokens=3))
+
+
+def test_generation():
+    """Of a decoder: token by token as all at once."""
+    model, ids = quantize(make_model("BigBirdForCausalLM", is_decoder=True)), random_ids(1, 100)
+    written = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        assert torch.equal(model(written).logits[0, 99:-1].argmax(-1), written[0, 100:])
 
 
 def test_quantized_as_it_is_loaded(tmp_path):
@@ -167,13 +215,16 @@ def test_refusals(monkeypatch):
 
 
 def test_command(tmp_path, capsys):
-    make_model("BigBirdForMaskedLM").save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit) as left:
-        main(["quantize", str(tmp_path / "model"), str(tmp_path / "int8")])
-    assert not left.value.code
-    assert capsys.readouterr().out == f"{tmp_path / 'int8'}: BigBirdForMaskedLM, its encoder in int8\n"
-    assert layers(AutoModelForMaskedLM.from_pretrained(tmp_path / "int8"))
-    for source, message in ((tmp_path / "int8", "is quantized by now"), (tmp_path / "none", "none")):
+    models = {"pegasus": make_pegasus_pair()[1], "model": make_model("BigBirdForMaskedLM")}
+    for folder, model in models.items():
+        model.save_pretrained(tmp_path / folder)
+        with pytest.raises(SystemExit) as left:
+            main(["quantize", str(tmp_path / folder), str(tmp_path / f"{folder}-int8")])
+        assert not left.value.code
+        assert f"-int8: {type(model).__name__}, its encoder in int8\n" in capsys.readouterr().out
+    assert layers(AutoModelForMaskedLM.from_pretrained(tmp_path / "model-int8"))
+    assert layers(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "pegasus-int8"))
+    for source, message in ((tmp_path / "model-int8", "is quantized by now"), (tmp_path / "none", "none")):
         with pytest.raises(SystemExit) as left:
             main(["quantize", str(source), str(tmp_path / "again")])
         assert left.value.code == 2 and message in capsys.readouterr().err

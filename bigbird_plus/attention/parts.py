@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from . import full, masks
 from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks
-from .engines import Choice
+from .context_parallel import Reading, Shards, attend_together, full_pattern
+from .engines import Choice, Engine
 from .global_tokens import GlobalTokens, find_global_tokens
 from .impl import gather, reference
 from .impl.gather import Piece
 from .masks import NO_MASK, FullMask
 from .pattern import BlockPattern, Sparsity
+from .processes import Processes
 
 
 class Tokens(NamedTuple):
@@ -84,6 +86,11 @@ class Part:
         """The place behind them."""
         return self.start + self.documents * self.size
 
+    @property
+    def is_full(self) -> bool:
+        """Whether their tokens read each other in full."""
+        return False
+
     def take(self, row: Tensor) -> Tensor:
         """`[1, heads, row, dim]` -> `[documents, heads, size, dim]`: a view."""
         return row[0, :, self.start : self.end].unflatten(1, (self.documents, self.size)).transpose(0, 1)
@@ -100,6 +107,10 @@ class FullPart(Part):
 
     mask: FullMask = NO_MASK
     implementation: str = "eager"
+
+    @property
+    def is_full(self) -> bool:
+        return True
 
     def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
         """See `Plan.attend`."""
@@ -255,7 +266,64 @@ def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
     return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
 
 
-AnyPart = FullPart | SparsePart | DecoderPart
+@dataclass(frozen=True, kw_only=True)
+class SharedPart(Part):
+    """Documents that processes share. What is attended to are the tokens of this process, filled up to whole blocks,
+    and behind them the extra ones: those of all processes are alike as they enter, and those of the last one count.
+
+    processes, shards: who holds what.
+    block_size: tokens in a block.
+    sparsity: what patterns are made of; None if documents are read in full.
+    is_causal: whether they are a decoder's.
+    engine, key_mask, global_tokens: see `context_parallel.Reading`.
+    """
+
+    processes: Processes
+    shards: Shards
+    block_size: int
+    sparsity: Sparsity | None
+    is_causal: bool
+    engine: Engine | None
+    key_mask: Tensor | None
+    global_tokens: GlobalTokens | None
+
+    @property
+    def is_full(self) -> bool:
+        return self.sparsity is None
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, None]:
+        """See `Plan.attend`.
+
+        Raises:
+            ValueError: for probabilities, and for dropout of them.
+        """
+        refuse_probabilities(output_attentions)
+        if self.sparsity is None and module.dropout_prob:
+            raise ValueError(
+                f"attention_probs_dropout_prob ({module.dropout_prob}) has an effect where attention is full, as it "
+                "is for inputs so short, but not within context_parallel: set it to 0 for training."
+            )
+        fields = (self.processes, self.shards, self._pattern(module), self.engine, self.key_mask, self.global_tokens)
+        return attend_together(query, key, value, Reading(*fields), scaling=module.scaling), None
+
+    def _pattern(self, module) -> BlockPattern:
+        num_blocks = self.shards.bounds[-1]
+        if self.sparsity is None:
+            return full_pattern(num_blocks, self.block_size, self.is_causal)
+        if self.is_causal:
+            pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx)
+        else:
+            pattern = self.sparsity.pattern(num_blocks, layer_idx=module.layer_idx, training=module.training)
+        return pattern.for_heads(module.heads)
+
+
+def refuse_probabilities(output_attentions: bool) -> None:
+    """Raises a `ValueError` if they are asked for where processes share documents."""
+    if output_attentions:
+        raise ValueError("output_attentions=True is not for context_parallel: no process has all probabilities.")
+
+
+AnyPart = FullPart | SparsePart | DecoderPart | SharedPart
 
 
 def whole_batch(

@@ -61,7 +61,6 @@ def test_one_kernel_for_all_lengths_with_padding_and_blocks_read_again():
     counters.clear()
     for num_blocks, batch in ((32, 3), (9, 2), (11, 4)):
         check(repeating_pattern(num_blocks), padded=True, batch=batch)
-    check(OWN.pattern(12), padded=True)
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -103,8 +102,11 @@ def test_what_is_read_again_makes_up_the_counts(pattern):
     torch.testing.assert_close(log_counts.exp(), torch.from_numpy(pattern.counts).float().expand(2, -1, -1))
 
 
-def test_nothing_is_looked_up_where_nothing_is_read_again():
-    assert flex._make_plan(WIDE.pattern(14), 2, torch.device("cpu")).again is None
+@pytest.mark.parametrize("pattern", [WIDE.pattern(14), OWN.pattern(3), OWN.pattern(14)], ids=["wide", "short", "own"])
+def test_nothing_is_looked_up_where_nothing_is_read_again(pattern):
+    reads, again = flex._make_plan(pattern, 2, torch.device("cpu"))
+    assert again is None
+    np.testing.assert_array_equal(reads[0], pattern.counts > 0)
 
 
 def test_blocks_that_are_global_by_index_are_read():
