@@ -27,9 +27,9 @@ def measure(settings: Settings, size: int) -> dict:
     """Shares documents over `size` processes of this machine, by gloo, or on GPUs by NCCL.
 
     Returns:
-        What `--json` writes. `results`, a dictionary for each length: `bytes_sent` (of a layer, by the process that
-        sends most), `bytes_of_ring` and `bytes_of_all_gather` (computed), `seconds_per_layer` (the median) and
-        `peak_bytes` (the most of any process, beyond its model; None where it is not told).
+        What `--json` writes. `results`, a dictionary for each length: `bytes_sent` (of a layer, by each process: those
+        with global blocks send more), `bytes_of_ring` and `bytes_of_all_gather` (computed), `seconds_per_layer` (the
+        median) and `peak_bytes` (the most of any process, beyond its model; None where it is not told).
 
     Raises:
         ValueError: if there are too few processes, or GPUs.
@@ -47,7 +47,7 @@ def measure(settings: Settings, size: int) -> dict:
         results.append(
             {
                 "length": length,
-                "bytes_sent": max(one["bytes_sent"] for one in of_ranks),
+                "bytes_sent": [one["bytes_sent"] for one in of_ranks],
                 **computed_bytes(settings, length, size),
                 "seconds_per_layer": max(one["seconds_per_layer"] for one in of_ranks),
                 "peak_bytes": None if None in peaks else max(peaks),
@@ -73,8 +73,9 @@ def as_table(report: dict) -> Table:
         table.add_column(column, justify="right")
     for row in report["results"]:
         peak = "?" if row["peak_bytes"] is None else _in_mebibytes(row["peak_bytes"])
-        sent = [_in_mebibytes(row[key]) for key in ("bytes_sent", "bytes_of_ring", "bytes_of_all_gather")]
-        table.add_row(f"{row['length']:,}", *sent, f"{row['seconds_per_layer'] * 1e3:.1f}", peak)
+        sent = " to ".join(_in_mebibytes(count) for count in sorted({min(row["bytes_sent"]), max(row["bytes_sent"])}))
+        others = [_in_mebibytes(row[key]) for key in ("bytes_of_ring", "bytes_of_all_gather")]
+        table.add_row(f"{row['length']:,}", sent, *others, f"{row['seconds_per_layer'] * 1e3:.1f}", peak)
     return table
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import reprlib
 from numbers import Integral, Real
 
 from transformers import PretrainedConfig
@@ -39,10 +40,20 @@ FLAGS = (
     "sparse_prediction",
     "embedding_layer_norm",
     "final_layer_norm",
+    "token_dropout",
     "is_decoder",
     "add_cross_attention",
     "tie_word_embeddings",
 )
+
+ENCODER_FIELDS = (
+    "global_block_indices",
+    "num_extra_global_tokens",
+    "global_question_tokens",
+    "random_blocks",
+    "token_dropout",
+)
+"""Fields that say more than nothing in encoders alone."""
 
 
 class BigBirdConfig(PretrainedConfig):
@@ -103,6 +114,12 @@ class BigBirdConfig(PretrainedConfig):
         random_plan_positions (`int`, *optional*): length, in tokens, for which random blocks are drawn; `None` means
             `max_position_embeddings`. `resize_position_embeddings` keeps it, so that a model with more positions reads
             the same random blocks as before.
+        random_blocks (`str`, *optional*): random blocks that all layers read, in training and in evaluation, instead
+            of drawing them: the numbers of the blocks between spaces, the rows that read them between commas, heads
+            between semicolons (one for all unless `different_layout_per_head`), as in `",,,0,0 2"`. Blocks that a row
+            reads anyway may be named, too, and are read once. Rows behind the last read as the first ones do, so many
+            blocks further on. Inputs are then read sparsely however short they are. GENA-LM's checkpoints are like
+            that. Encoders only.
         position_embedding_type (`str`, defaults to `"absolute"`): `"absolute"` positions are learned and added to the
             embeddings; `"rotary"` ones turn queries and keys. With these there is no longest input:
             `max_position_embeddings` is the length for which random blocks are drawn, and nothing else.
@@ -116,6 +133,9 @@ class BigBirdConfig(PretrainedConfig):
             unless `norm_position` is `"pre"`.
         embedding_size (`int`, *optional*): width of the embeddings, from which a projection leads to `hidden_size`;
             `None` means `hidden_size`, and no projection.
+        token_dropout (`bool`, defaults to `False`): whether mask tokens are embedded as zeros, and the other tokens of
+            a document scaled for their share in it, as ESM does. Needs `mask_token_id`. Encoders only.
+        mask_token_id (`int`, *optional*): id of the mask token; `None` unless there is `token_dropout`.
         tiled_positions (`bool`, defaults to `False`): whether positions from `max_position_embeddings` on get the
             embeddings again from the beginning, so that inputs may be of any length. By default they are an error.
         is_decoder (`bool`, defaults to `False`): whether attention is causal.
@@ -175,6 +195,7 @@ class BigBirdConfig(PretrainedConfig):
         computes_padding=False,
         sparse_prediction=False,
         random_plan_positions=None,
+        random_blocks=None,
         position_embedding_type="absolute",
         rotary_dim=None,
         rope_theta=10000.0,
@@ -182,6 +203,8 @@ class BigBirdConfig(PretrainedConfig):
         embedding_layer_norm=True,
         final_layer_norm=True,
         embedding_size=None,
+        token_dropout=False,
+        mask_token_id=None,
         tiled_positions=False,
         is_decoder=False,
         add_cross_attention=False,
@@ -219,6 +242,7 @@ class BigBirdConfig(PretrainedConfig):
         self.computes_padding = computes_padding
         self.sparse_prediction = sparse_prediction
         self.random_plan_positions = random_plan_positions
+        self.random_blocks = random_blocks
         self.position_embedding_type = position_embedding_type
         self.rotary_dim = rotary_dim
         self.rope_theta = rope_theta
@@ -226,6 +250,8 @@ class BigBirdConfig(PretrainedConfig):
         self.embedding_layer_norm = embedding_layer_norm
         self.final_layer_norm = final_layer_norm
         self.embedding_size = embedding_size
+        self.token_dropout = token_dropout
+        self.mask_token_id = mask_token_id
         self.tiled_positions = tiled_positions
         # Newer transformers do not declare these three in the base class, and read them all the same.
         self.is_decoder = is_decoder
@@ -315,8 +341,9 @@ class BigBirdConfig(PretrainedConfig):
             )
 
     def _check_token_ids(self):
-        """Only the embeddings need one of these ids: that of padding, which may count from the end as in torch."""
-        for field in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"):
+        """Only the embeddings need any of these ids: that of padding, which may count from the end as in torch, and
+        for `token_dropout` that of the mask."""
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "mask_token_id"):
             value = getattr(self, field)
             several = value if field == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
             if not all(one is None or is_whole_number(one) for one in several):
@@ -327,13 +354,15 @@ class BigBirdConfig(PretrainedConfig):
                 f"pad_token_id must be below vocab_size ({self.vocab_size}), but is {pad}. Of "
                 "negative ones, which count from the end, -vocab_size is the least."
             )
+        if self.token_dropout and self.mask_token_id is None:
+            raise ValueError("token_dropout (True) needs mask_token_id: which tokens shall be embedded as zeros.")
 
     def _check_decoder(self):
         """Raises a `ValueError` for what lets a token read later ones, or has no meaning."""
-        for field in ("global_block_indices", "num_extra_global_tokens", "global_question_tokens"):
+        for field in ENCODER_FIELDS:
             if getattr(self, field) not in (None, 0, False):
                 raise ValueError(
-                    f"{field} ({getattr(self, field)!r}) is for encoders: tokens that read everything would read the "
+                    f"{field} ({reprlib.repr(getattr(self, field))}) is for encoders: with it, tokens would read the "
                     "future. Leave it out, or set is_decoder=False."
                 )
         if self.pattern_per_document:

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from .attention.pattern import Sparsity
+from .attention.random_blocks import write_random_blocks
 from .configuration_big_bird import BigBirdConfig
 from .modeling_big_bird import BigBirdModel
 from .modeling_heads import (
@@ -193,9 +195,9 @@ def convert_checkpoint(source, target, max_position_embeddings=4096, *, architec
     * Longformer: the window is widened to whole blocks, and there are no random blocks, unless `fields` say otherwise.
       Short inputs are those of half its window. Its global attention is ours (`global_attention_mask`), but for
       projections of its own: where these differ from the local ones, they are left out.
-    * ESM: inputs without mask tokens get its logits; others are not scaled by the share of mask tokens.
-    * GENA-LM: its random blocks are drawn anew, and inputs that our pattern reads in full are read so, where its own
-      is sparse at all lengths. With rotary positions, as ESM has them, too, inputs can have any length.
+    * GENA-LM: it is sparse at all lengths, and so is its BigBird, which keeps its random blocks (`random_blocks` of
+      the configuration). They determine the fields of the pattern.
+    * With rotary positions, as ESM and GENA-LM have them, inputs can have any length.
 
     Args:
         source: a checkpoint of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, Longformer, ESM or
@@ -474,15 +476,7 @@ def _adapt_esm(origin, config) -> None:
     if config.position_embedding_type == "rotary":
         origin.fields |= {"position_embedding_type": "rotary", "rope_theta": getattr(config, "rope_theta", 10000.0)}
     if config.token_dropout:
-        words = origin.weights[WORDS] * (1 - 0.15 * 0.8)  # ESM's own factor for inputs without mask tokens
-        words[config.mask_token_id] = 0
-        origin.weights[WORDS] = words
-        origin.fields["tie_word_embeddings"] = False
-        warnings.warn(
-            "token_dropout of the source scales embeddings by the share of mask tokens in an input. BigBird scales "
-            "them as for inputs without any.",
-            stacklevel=4,
-        )
+        origin.fields |= {"token_dropout": True, "mask_token_id": config.mask_token_id}
 
 
 def _adapt_gena(origin, config) -> None:
@@ -502,19 +496,35 @@ def _adapt_gena(origin, config) -> None:
             "can be converted."
         )
     if pattern:
-        origin.defaults = {
-            "block_size": pattern.get("block", 16),
-            "num_random_blocks": pattern.get("num_random_blocks", 1),
-            "num_sliding_window_blocks": pattern.get("num_sliding_window_blocks", 3),
-            "global_block_indices": list(range(pattern.get("num_global_blocks", 1))),
-            "different_layout_per_head": pattern.get("different_layout_per_head", False),
-        }
-        warnings.warn(
-            "The source reads random blocks that were drawn once (master_layout). BigBird draws its own.", stacklevel=4
-        )
+        _carry_pattern(origin, pattern)
+
+
+def _carry_pattern(origin, settings) -> None:
+    """The pattern of a configuration of DeepSpeed's, and the random blocks that were drawn for it.
+
+    Each layer has a layout, `[heads, blocks, blocks]`: whether a block reads another. DeepSpeed computes with that of
+    the first layer in all of them, as it keeps what it makes of a layout by the length of the input alone."""
+    fields = {
+        "block_size": settings.get("block", 16),
+        "num_random_blocks": settings.get("num_random_blocks", 1),
+        "num_sliding_window_blocks": settings.get("num_sliding_window_blocks", 3),
+        "global_block_indices": list(range(settings.get("num_global_blocks", 1))),
+        "different_layout_per_head": settings.get("different_layout_per_head", False),
+    }
+    if GENA_LAYOUT not in origin.weights:
+        origin.defaults = fields
+        warnings.warn("The source has no random blocks (master_layout). BigBird draws its own.", stacklevel=5)
+        return
+    sparsity = Sparsity(origin.fields["num_attention_heads"], **fields)
+    is_read = origin.weights[GENA_LAYOUT][: sparsity.num_layouts].numpy() > 0
+    is_structure = sparsity.structure(is_read.shape[1]).counts > 0
+    if (is_structure & ~is_read).any():
+        raise ValueError(f"{GENA_LAYOUT} of the source is no layout of {DEEPSPEED_BIGBIRD} with {settings}.")
+    origin.fields |= fields | {"random_blocks": write_random_blocks(is_read & ~is_structure)}
 
 
 DEEPSPEED_BIGBIRD = "BigBirdSparsityConfig"
+GENA_LAYOUT = "bert.encoder.layer.0.attention.self.sparse_self_attention.master_layout"
 ROBERTA_HEADS = (
     "ForMaskedLM",
     "ForCausalLM",

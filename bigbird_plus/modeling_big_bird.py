@@ -16,15 +16,8 @@ from transformers.pytorch_utils import prune_linear_layer
 from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
-from .attention.common import chunks, is_exporting, may_read_values, per_chunk
-from .attention.documents import (
-    Flattened,
-    document_positions,
-    first_tokens,
-    holds_documents,
-    uncompiled_for_documents,
-)
-from .attention.impl.flash_cpu import Stream, is_streamable
+from .attention.common import is_exporting, may_read_values, per_chunk
+from .attention.documents import Flattened, document_positions, holds_documents, uncompiled_for_documents
 from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
@@ -34,6 +27,7 @@ from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
+from .streaming import keys_and_values, stream_document
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -122,22 +116,24 @@ def refuse_empty(inputs: Tensor) -> None:
         raise ValueError("The input has the length 0. Give at least one token.")
 
 
-def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
-    """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
-    the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
-    if not config.pattern_per_document or attention_mask is None or attention_mask.dim() != 2:
-        return torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
-    return (attention_mask != 0).int().argmax(dim=-1)
+SHARE_OF_MASK_TOKENS = 0.15 * 0.8
+"""With which ESM was trained."""
 
 
-def first_states(states: Tensor, attention_mask: Tensor | None, config, position_ids: Tensor | None = None) -> Tensor:
-    """`[documents, hidden_size]`: the state of each document's first token. `position_ids` is given if rows hold
-    several documents, in which each starts anew; otherwise there is one in each row."""
-    if position_ids is not None:
-        return states[first_tokens(position_ids, states.shape[0])]
-    if not config.pattern_per_document:
-        return states[:, 0]
-    return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
+def token_scales(input_ids: Tensor, mask_token_id: int, attention_mask=None, position_ids=None) -> Tensor:
+    """What the embeddings of ids are multiplied by, `float32`, `[batch, length]`; see `BigBirdConfig.token_dropout`.
+
+    Args:
+        attention_mask: as of `BigBirdModel.forward`; one of `[batch, length]` tells which tokens count.
+        position_ids: given if rows hold several documents, in which they start anew at 0.
+    """
+    is_mask, is_real = input_ids == mask_token_id, torch.ones_like(input_ids)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_real = attention_mask != 0
+    document = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(-1)
+    none = nn.functional.pad(torch.zeros_like(input_ids), (0, 1))
+    masks, tokens = (none.scatter_add(1, document, one.long()).gather(1, document) for one in (is_mask, is_real))
+    return ((1 - SHARE_OF_MASK_TOKENS) / (1 - masks / tokens.clamp(min=1))).masked_fill(is_mask, 0)
 
 
 def layer_norm(config, applies: bool = True, width: int | None = None) -> nn.Module:
@@ -167,6 +163,7 @@ class BigBirdEmbeddings(nn.Module):
         self.hidden_size = config.hidden_size
         self.rescale_embeddings = config.rescale_embeddings
         self.tiled_positions = config.tiled_positions
+        self.dropped_token = config.mask_token_id if config.token_dropout else None
         self.num_extra_global_tokens = config.num_extra_global_tokens
         if config.num_extra_global_tokens:
             self.extra_global_tokens = nn.Embedding(config.num_extra_global_tokens, width)
@@ -186,6 +183,7 @@ class BigBirdEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
         cache_length: int = 0,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """`[batch, length, hidden_size]`, from ids of `[batch, length]`.
 
@@ -194,6 +192,8 @@ class BigBirdEmbeddings(nn.Module):
             position_ids: `[batch or 1, length]`, by default those behind `past_key_values_length` earlier tokens.
             inputs_embeds: `[batch, length, config.embedding_width]`, in the place of `input_ids`.
             cache_length: another name of `past_key_values_length`.
+            scales: what the embeddings of ids are multiplied by, by default the `token_scales` of documents without
+                padding if there is `config.token_dropout`.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, or ids have another shape.
@@ -207,15 +207,19 @@ class BigBirdEmbeddings(nn.Module):
             position_ids = self.position_ids[:, first : first + inputs.shape[1]]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
-        tensors = (inputs, token_type_ids, position_ids)
+        if self.dropped_token is not None and input_ids is not None and scales is None:
+            scales = token_scales(input_ids, self.dropped_token)
+        tensors = (inputs, token_type_ids, position_ids, *(() if scales is None else (scales,)))
         return in_chunks(self._embed, *tensors, width=self.hidden_size, modules=self.children())
 
-    def _embed(self, inputs, token_type_ids, position_ids):
+    def _embed(self, inputs, token_type_ids, position_ids, scales=None):
         if self.tiled_positions:
             position_ids = position_ids % self.position_embeddings.num_embeddings
         words = inputs if inputs.is_floating_point() else self.word_embeddings(inputs)
         if self.rescale_embeddings:
             words = words * self.hidden_size**0.5
+        if scales is not None:
+            words = (words * scales[..., None]).to(words.dtype)
         embeddings = words + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self.position_embeddings(position_ids)
@@ -294,14 +298,19 @@ class BigBirdSelfAttention(nn.Module):
                 "self-attention: call layer.crossattention, which a model with add_cross_attention=True has."
             )
         past_key_values = the_cache(past_key_values, cache)
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         rotation = self._rotation(hidden_states, attention_mask, past_key_values, cache_position, cache_idx)
         query, key, value = self.queries_keys_and_values(hidden_states, rotation)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, cache_idx, {"cache_position": cache_position})
+            key, value = self.update(past_key_values, key, value, cache_idx, cache_position)
         return self._attend(query, key, value, attention_mask, head_mask, output_attentions)
+
+    @staticmethod
+    def update(cache, key: Tensor, value: Tensor, cache_idx: int, cache_position: Tensor | None):
+        """Adds keys and values to a cache. Returns all that it holds."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        return cache.update(key, value, cache_idx, {"cache_position": cache_position})
 
     def _rotation(self, hidden_states, attention_mask, cache, cache_position, cache_idx) -> Rotation | None:
         """As the plan says, or alone that of the places behind what the cache holds."""
@@ -621,44 +630,26 @@ class BigBirdLayer(GradientCheckpointingLayer):
         is_ours = type(attention) is BigBirdAttention and type(attention.self) is BigBirdSelfAttention
         return is_ours and not attention.self.training
 
-    def stream(self, states: Tensor, plan: Plan) -> None:
+    def stream(self, states: Tensor, plan: Plan, cache=None, cache_idx: int = 0, cache_position=None) -> None:
         """As `forward`, in inference, but written over `states`, one of the `chunks` of a plan: of a document that is
-        longer than `tokens_per_chunk` some blocks after others. What that takes does not grow with the length."""
+        longer than `tokens_per_chunk` some blocks after others. What that takes does not grow with the length, but for
+        keys and values of one layer where others than those near a token are read. With a cache, `states` are those of
+        all documents."""
         attention, size = self.attention.self, self.tokens_per_chunk(states)
-        document = plan.only_document(attention.layer_idx) if states[..., 0].numel() > size else None
-        if document is None or not is_streamable(document[0]):
-            states.copy_(self(states, plan)[0])
+        if cache is not None:
+            read = keys_and_values(self, states, plan.rotation)
+            read = attention.update(cache, *read, cache_idx, cache_position)
+            for row, (own, own_plan) in enumerate(plan.chunks(states, 1)):
+                cached = [tensor[row : row + 1] for tensor in read]
+                stream_document(self, own, own_plan.document(attention), own_plan.rotation, size, cached)
+        elif states[..., 0].numel() > size and plan.has_one_document:
+            stream_document(self, states, plan.document(attention), plan.rotation, size)
         else:
-            self._stream_document(states, *document, plan.rotation, size)
+            states.copy_(self(states, plan)[0])
 
     def tokens_per_chunk(self, hidden_states: Tensor) -> int:
         """How many tokens `stream` takes together."""
         return per_chunk(self.intermediate_size * hidden_states.element_size())
-
-    def _stream_document(self, states, pattern, key_mask, rotation, size):
-        attention, block_size = self.attention.self, pattern.block_size
-        first, last = pattern.first_row * block_size, pattern.last_row * block_size
-
-        def entering(states, *places):
-            return self.attention.LayerNorm(states), rotation and rotation.of(*places)
-
-        ends = torch.cat((states[:, :first], states[:, last:]), dim=1)
-        of_ends = entering(ends, slice(first), slice(last, None))
-        asked, read = attention.queries(*of_ends), attention.keys_and_values(*of_ends)
-        stream = Stream(pattern, asked, *read, key_mask, scaling=attention.scaling)
-        for rows in chunks(pattern.first_row, pattern.last_row, max(1, size // block_size)):
-            blocks = stream.blocks_before(rows)
-            if blocks:
-                near = stream.tokens(blocks)
-                stream.read(*attention.keys_and_values(*entering(states[:, near], near)))
-            own = stream.tokens(rows)
-            run = states[:, own]
-            run.copy_(self._after_attention(stream.attend(rows, attention.queries(*entering(run, own))), run))
-        ends = self._after_attention(stream.outer_context(), ends)
-        states[:, :first], states[:, last:] = ends[:, :first], ends[:, first:]
-
-    def _after_attention(self, context, states):
-        return self.feed_forward_chunk(self.attention.output(context.transpose(1, 2).flatten(2), states))
 
 
 class BigBirdEncoder(nn.Module):
@@ -697,7 +688,8 @@ class BigBirdEncoder(nn.Module):
             hidden_states: `[batch, length, hidden_size]`, or what has entered the plan. What comes out has left it.
             head_mask: for each layer a head mask or None.
             use_cache: whether to make a cache, if none is given.
-            streams: whether the layers write over the states that come in, part after part.
+            streams: whether the layers write over the states that come in, part after part; without what is given for
+                cross-attention.
         """
         refuse_block_masks(
             band_mask=band_mask, from_mask=from_mask, to_mask=to_mask, blocked_encoder_mask=blocked_encoder_mask
@@ -707,11 +699,11 @@ class BigBirdEncoder(nn.Module):
         else:
             batch, length = hidden_states.shape[:2]
             plan = Plan((), batch, length, positions=torch.arange(length)[None])
-        if streams:
-            return self._stream(hidden_states, plan)
         past_key_values = the_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if streams:
+            return self._stream(hidden_states, plan, past_key_values, cache_position)
         kwargs = {"past_key_values": past_key_values, "output_attentions": output_attentions}
         kwargs |= {"cache_position": cache_position}
         all_hidden_states: tuple[Tensor, ...] = ()
@@ -737,14 +729,15 @@ class BigBirdEncoder(nn.Module):
         )
         return output if return_dict else output.to_tuple()
 
-    def _stream(self, hidden_states, plan):
+    def _stream(self, hidden_states, plan, cache, cache_position):
         size = self.layer[0].tokens_per_chunk(hidden_states)
-        for states, own_plan in plan.chunks(hidden_states, size):
-            for layer in self.layer:
-                layer.stream(states, own_plan)
+        together = [(hidden_states, plan)]  # a cache takes keys and values of all documents at once
+        for states, own_plan in plan.chunks(hidden_states, size) if cache is None else together:
+            for cache_idx, layer in enumerate(self.layer):
+                layer.stream(states, own_plan, cache, cache_idx, cache_position)
             for run in states.split(size, dim=1):
                 run.copy_(self.LayerNorm(run))
-        return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states))
+        return BaseModelOutputWithPastAndCrossAttentions(plan.leave(hidden_states), **{CACHE: cache})
 
     @property
     def attention_type(self) -> str:
@@ -1019,10 +1012,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         plan = self._plan(tokens, keeps=self._keeps(computes_padding))
 
-        embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds)
+        scales = self._token_scales(input_ids, tokens)
+        embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds, scales)
         hidden_states = self.embeddings.append_extra_tokens(embeddings, plan.num_documents)
         asked = as_configured(self.config, output_attentions, output_hidden_states)
-        asks_for_more = any(asked) or head_mask is not None
+        asks_for_more = any(asked) or head_mask is not None or encoder_hidden_states is not None
         outputs = self.encoder(
             hidden_states,
             plan,
@@ -1037,7 +1031,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             pooler_output=self._pool(
-                plan.first_states(outputs.last_hidden_state), attention_mask, position_ids if has_documents else None
+                plan, outputs.last_hidden_state, attention_mask, position_ids if has_documents else None
             ),
             **outputs,
         )
@@ -1054,17 +1048,27 @@ class BigBirdModel(BigBirdPreTrainedModel):
             # To a decoder `generate` gives no mask that hides nothing, and a padding token may be what it has chosen.
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
-    def _embed(self, plan, input_ids, token_type_ids, inputs_embeds) -> Tensor:
+    def _token_scales(self, input_ids, tokens: Tokens) -> Tensor | None:
+        """See `token_scales`; None for none."""
+        if input_ids is None or not self.config.token_dropout:
+            return None
+        positions = tokens.position_ids if tokens.has_documents else None
+        return token_scales(input_ids, self.config.mask_token_id, tokens.attention_mask, positions)
+
+    def _embed(self, plan, input_ids, token_type_ids, inputs_embeds, scales) -> Tensor:
         """What enters the layers. In inference only what is packed of a packed batch is embedded, unless somebody
         watches: hooks are shown the batch. (In training checkpointing adds a hook, and shall drop the same.)"""
-        given = plan.own_tokens(input_ids, token_type_ids, plan.positions, inputs_embeds)
+        given = plan.own_tokens(input_ids, token_type_ids, plan.positions, inputs_embeds, scales)
         is_ours = type(self.embeddings) is BigBirdEmbeddings and not is_watched(self.embeddings)
-        if plan.packing is None or torch.is_grad_enabled() or not is_ours:
-            return plan.enter(self.embeddings(*given))
-        packed = (
-            None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:])) for tensor in given
-        )
-        return self.embeddings(*packed)
+        embeds_packed = plan.packing is not None and not torch.is_grad_enabled() and is_ours
+        if embeds_packed:
+            given = [
+                None if tensor is None else plan.enter(tensor.expand(plan.batch, *tensor.shape[1:]))
+                for tensor in given
+            ]
+        *given, scales = given
+        embeddings = self.embeddings(*given, **({} if scales is None else {"scales": scales}))
+        return embeddings if embeds_packed else plan.enter(embeddings)
 
     def _plan(self, tokens: Tokens, keeps: str) -> Plan:
         processes = active_processes()
@@ -1096,10 +1100,11 @@ class BigBirdModel(BigBirdPreTrainedModel):
     def _uses_pooler(self) -> bool:
         return self.pooler is not None and not self.pooler_is_idle
 
-    def _pool(self, hidden_states, attention_mask, position_ids):
+    def _pool(self, plan, hidden_states, attention_mask, position_ids):
         if self.pooler is None:
             return None
-        return self.activation(self.pooler(first_states(hidden_states, attention_mask, self.config, position_ids)))
+        states = plan.first_states(hidden_states, attention_mask, self.config, position_ids)
+        return self.activation(self.pooler(states))
 
     def _refuse_onnx_tracer(self):
         """Its graphs would read inputs of all lengths as they read the one that it sees."""

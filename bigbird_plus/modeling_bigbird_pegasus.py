@@ -53,6 +53,7 @@ OWN_FIELDS = (
     "different_layout_per_head",
     "eval_random_blocks",
     "pattern_per_document",
+    "random_blocks",
     "random_plan_positions",
 )
 """Fields of `BigBirdConfig` that a `BigBirdPegasusConfig` may have, too, with the same meanings and defaults."""
@@ -175,6 +176,24 @@ class BigBirdPegasusPreTrainedModel(BuiltInPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
         """The attention implementation for the one that is asked for: by default `"eager"`, as in transformers."""
         return super().get_correct_attn_implementation(requested_attention or "eager", *args, **kwargs)
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """As in all models of transformers; and gives encoder and decoder, where a file lacks their embeddings, copies
+        of `shared`: with `tie_word_embeddings=False`, transformers 4 writes the three as one, and reads them no more.
+
+        Which ones a file lacks, version 5 tells (`missing_keys`); with version 4 they are still without numbers.
+        Before it reads the file they are one, so that it takes none to be new."""
+        super().tie_weights(*args, **kwargs)
+        model, missing_keys = self.base_model, kwargs.get("missing_keys") or set()
+        if not isinstance(model, BigBirdPegasusModel):
+            return
+        for part in ("encoder", "decoder"):
+            embeddings = getattr(model, part).embed_tokens
+            name = f"{'' if model is self else 'model.'}{part}.embed_tokens.weight"
+            if embeddings.weight.is_meta or name in missing_keys:
+                shared = model.shared.weight
+                embeddings.weight = shared if shared.is_meta else nn.Parameter(shared.detach().clone())
+                missing_keys.discard(name)
 
     def set_attention_type(self, value: str) -> None:
         """Chooses which tokens of a document read which, from the next call on: `"block_sparse"` or

@@ -18,7 +18,14 @@ from transformers.utils import ModelOutput, logging
 
 from ._compat import CACHE
 from .attention.common import is_tracing
-from .attention.documents import Flattened, document_starts, holds_documents, uncompiled_for_documents
+from .attention.documents import (
+    Flattened,
+    document_starts,
+    first_places,
+    first_states,
+    holds_documents,
+    uncompiled_for_documents,
+)
 from .attention.processes import active_processes
 from .cpu import linear
 from .modeling_big_bird import (
@@ -28,8 +35,6 @@ from .modeling_big_bird import (
     BigBirdPreTrainedModel,
     activation_function,
     as_requested,
-    first_places,
-    first_states,
     positions_of_documents,
     the_inputs,
 )
@@ -473,14 +478,13 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
         states = outputs.last_hidden_state if shares else whole(outputs.last_hidden_state)
         logits = self.cls(states[:, kept])
         loss = None
-        if shares and labels is not None:
-            loss = self._shared_loss(logits, labels, **kwargs)
-        elif labels is not None:
-            check_labels(labels, states.shape[:2])
+        if labels is not None:
+            check_labels(labels, the_inputs(input_ids, inputs_embeds).shape[:2])
             documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, flattened)
             if documents is not None:
                 labels = labels.masked_fill(document_starts(documents).expand(labels.shape), IGNORED_LABEL)
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            compute_loss = self._shared_loss if shares else self.loss_function
+            loss = compute_loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return self._answer(
             CausalLMOutputWithCrossAttentions,
             outputs,
@@ -491,14 +495,14 @@ class BigBirdForCausalLM(_LanguageModel, GenerationMixin):
             **{CACHE: outputs.get(CACHE)},
         )
 
-    def _shared_loss(self, logits, labels, num_items_in_batch=None, ignore_index=IGNORED_LABEL, **kwargs):
+    def _shared_loss(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=IGNORED_LABEL, **kwargs):
         """The loss of tokens that processes share, `logits` being those of this one."""
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != ignore_index).sum()
         kwargs |= {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
         targets = own_labels(targets, logits).contiguous()
-        loss = self.loss_function(logits, targets, self.config.vocab_size, shift_labels=targets, **kwargs)
+        loss = self.loss_function(logits, targets, vocab_size, shift_labels=targets, **kwargs)
         return active_processes().total(loss)
 
 

@@ -19,6 +19,9 @@ def context_parallel(mesh_or_group) -> Iterator[Processes]:
     `processes.gather(tensor)` are those of all. All else is that of whole documents on every process: `pooler_output`,
     the loss, the logits of documents, and the two of question answering.
 
+    Rows of several documents are shared, too, and batches with `config.pattern_per_document`: long documents are cut
+    where shares end, short ones, which are read in full, are not.
+
     Gradients are right once they are averaged over the processes, as DDP and FSDP do: the mean over processes of
     `parameter.grad` is the gradient of one process that has the documents alone. `backward` may be called outside, but
     by all processes.
@@ -34,8 +37,8 @@ def context_parallel(mesh_or_group) -> Iterator[Processes]:
 
     Raises:
         ValueError: for a mesh of more dimensions. Within it, models raise one for what cannot be shared: caches,
-            cross-attention, probabilities, rows of several documents, left padding in decoders, compiled graphs, and
-            dropout of the probabilities where inputs are short enough to be read in full.
+            cross-attention, probabilities, left padding in decoders, compiled graphs, and dropout of the probabilities
+            where inputs are short enough to be read in full.
     """
     group = mesh_or_group
     if isinstance(mesh_or_group, DeviceMesh):

@@ -4,8 +4,8 @@
 
 makes its own documents: verses between which, now and then, it says who reigned where for how long. A query says the
 same in other words. In about a minute on two cores the small checkpoint that comes with bigbird_plus learns from short
-documents to find long ones, of 4,096 tokens: 20 of 24 held-out queries find theirs first, 4 before training. With data
-of your own:
+documents to find long ones, of 4,096 tokens: 20 of 24 held-out queries find theirs first (23 with version 5.7 of
+sentence-transformers), 4 before training. With data of your own:
 
     python examples/retrieval.py --train-data train.jsonl --eval-data dev.jsonl --output-dir embedder \
         --model google/bigbird-roberta-base --max-length 16384 --train-length 4096 --steps 2000 \

@@ -1,5 +1,6 @@
 """Small models, and transformers' own BigBird with the same weights to compare them with."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -66,6 +67,13 @@ def make_pair(name="BigBirdModel", seed=0, **overrides):
     theirs = getattr(transformers, name)(transformers.BigBirdConfig(**tiny_settings(**overrides))).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
+
+
+def own_random_blocks(heads, rows, most, seed=0):
+    """`BigBirdConfig.random_blocks`: in each row some blocks, up to `most`."""
+    draw = np.random.RandomState(seed)
+    table = [[draw.permutation(rows)[: draw.randint(most + 1)] for _ in range(rows)] for _ in range(heads)]
+    return ";".join(",".join(" ".join(map(str, row)) for row in head) for head in table)
 
 
 def random_ids(*shape, seed=0, low=3, high=120):

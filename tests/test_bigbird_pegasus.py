@@ -12,6 +12,8 @@ from bigbird_plus import modeling_bigbird_pegasus as ours
 from bigbird_plus.cli import main
 from bigbird_plus.demo import document
 
+from .peers import own_random_blocks
+
 HEADS = ["Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQuestionAnswering"]
 SHORT, LONG = 100, 250  # up to 112 tokens are read in full
 
@@ -144,8 +146,10 @@ def test_probabilities():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "merged", "gather"])
-def test_every_implementation_gives_the_same(implementation):
-    _, own = make_pair()
+@pytest.mark.parametrize("fields", [{}, {"random_blocks": own_random_blocks(2, 9, 1)}], ids=["drawn", "own"])
+def test_every_implementation_gives_the_same(implementation, fields):
+    _, own = make_pair(**fields)
+    assert own.model.encoder.settings.random_blocks == fields.get("random_blocks")
     inputs = make_inputs() | {"decoder_input_ids": torch.randint(3, 120, (2, 9))}
     with torch.no_grad():
         assert own.config._attn_implementation == "eager"
@@ -247,6 +251,32 @@ def test_saved_by_either_and_loaded_by_the_other(saved, tmp_path):
     inputs = make_inputs(padding=0)
     with torch.no_grad():
         torch.testing.assert_close(own(**inputs).logits, theirs(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForConditionalGeneration"])
+def test_embeddings_that_are_not_tied(head, tmp_path):
+    """transformers 4 writes those of encoder and decoder, which are the same, as one, and does not find them again."""
+    theirs, own = make_pair(head, tie_word_embeddings=False)
+    parts = [theirs.get_encoder(), theirs.get_decoder()]
+    for scale, part in enumerate(parts, start=2):
+        part.embed_tokens.weight = torch.nn.Parameter(scale * theirs.get_input_embeddings().weight.detach())
+    inputs = make_inputs(padding=0)
+    for is_one in (False, True):
+        if is_one:
+            for part in parts:
+                part.embed_tokens.weight = theirs.get_input_embeddings().weight
+        weights = {
+            name: weight for name, weight in theirs.state_dict().items() if not is_one or "embed_tokens" not in name
+        }
+        theirs.save_pretrained(tmp_path / "theirs", state_dict=weights)
+        own, report = type(own).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+        assert not report["missing_keys"]
+        own.save_pretrained(tmp_path / "own")
+        again = type(theirs).from_pretrained(tmp_path / "own")
+        with torch.no_grad():
+            expected = theirs(**inputs)[0]
+            for model in (own.eval(), again.eval()):
+                torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=5e-5)
 
 
 # Summaries

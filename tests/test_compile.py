@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .peers import make_model, make_pair, random_ids, random_inputs
+from .peers import make_model, make_pair, own_random_blocks, random_ids, random_inputs
 
 LENGTHS = (128, 130, 200, 88, 41)
 
@@ -84,8 +84,9 @@ def test_inductor():
 
 
 @pytest.mark.slow
-def test_extra_tokens_and_blocks_by_index():
-    fields = {"num_extra_global_tokens": 3, "global_block_indices": [0, 4, -2], "num_random_blocks": 1}
+@pytest.mark.parametrize("fields", [{"num_extra_global_tokens": 3}, {"random_blocks": own_random_blocks(4, 20, 1)}])
+def test_extra_tokens_and_blocks_by_index(fields):
+    fields = {"global_block_indices": [0, 4, -2], "num_random_blocks": 1, **fields}
     model = make_model(num_hidden_layers=1, **fields)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=CountingBackend())
     for length in (128, 131, 200, 40):

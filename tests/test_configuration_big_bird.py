@@ -243,6 +243,9 @@ WRONG = [
     ("chunk_size_feed_forward", -3),
     ("chunk_size_feed_forward", None),
     ("random_plan_positions", "4096"),
+    ("random_blocks", [0]),
+    ("random_blocks", "0,a"),
+    ("mask_token_id", "<mask>"),
     ("num_extra_global_tokens", 1.0),
     ("global_block_indices", "0"),
     ("global_block_indices", [0.5]),
@@ -265,6 +268,20 @@ def test_wrong_values_are_named(field, value):
     with pytest.raises(ValueError, match=field) as error:
         BigBirdConfig(**{field: value})
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"token_dropout": True}, ["mask_token_id"]),
+        ({"token_dropout": True, "mask_token_id": 4, "is_decoder": True}, ["token_dropout", "is_decoder"]),
+        ({"random_blocks": ";".join(12 * [",,"]), "is_decoder": True}, ["random_blocks", "is_decoder"]),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, names):
+    with pytest.raises(ValueError) as error:
+        BigBirdConfig(**fields)
+    assert all(name in str(error.value) for name in names)
 
 
 def test_heads_must_divide_the_hidden_size():

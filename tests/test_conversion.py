@@ -1,8 +1,10 @@
 """Checkpoints of BERT, RoBERTa and its kin, and of Google: made small, written to files, converted, compared."""
 
 import json
+import random
 import re
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import bigbird_plus
 from bigbird_plus import BigBirdConfig, convert_checkpoint
+from bigbird_plus.attention import common
 
 from .peers import random_ids, scale_weights, tiny_settings
 from .tf_files import write_checkpoint
@@ -359,18 +362,45 @@ def test_the_window_and_global_attention_of_longformer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"token_dropout": True}, {"position_embedding_type": "absolute", "emb_layer_norm_before": True}],
+    ("settings", "longest"),
+    [
+        ({"token_dropout": True}, None),
+        ({"token_dropout": True, "position_embedding_type": "absolute", "emb_layer_norm_before": True}, 4096),
+        ({"position_embedding_type": "absolute", "emb_layer_norm_before": True}, 4096),
+    ],
 )
-def test_kinds_of_esm(tmp_path, settings):
+def test_kinds_of_esm(tmp_path, settings, longest):
+    """Mask tokens in either row, of which one is padded. (transformers 4 takes padding for tokens that are no mask, so
+    the source is shown the row without.)"""
     source = make_encoder(tmp_path / "source", "EsmForMaskedLM", **settings)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
-    assert any("token_dropout" in str(one.message) for one in told) == ("token_dropout" in settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    model = bigbird_plus.BigBirdForMaskedLM.from_pretrained(tmp_path / "target").eval()
+    assert model.config.longest_input == longest
     inputs = make_inputs(source, 150)
-    torch.testing.assert_close(first_output(model, inputs), first_output(source, inputs), rtol=0, atol=1e-4)
-    assert model.config.longest_input == (None if "token_dropout" in settings else 4096)
+    inputs["input_ids"][0, ::3] = source.config.mask_token_id
+    inputs["input_ids"][1, 7] = source.config.mask_token_id
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        expected = torch.zeros(2, 150, 120)
+        expected[0], expected[1, :50] = source(ids[:1]).logits, source(ids[1:, :50]).logits
+    torch.testing.assert_close(first_output(model, inputs), expected, rtol=0, atol=2e-5)
+    with mock.patch.object(common, "CHUNK_BYTES", 10_000):  # some tokens after others
+        torch.testing.assert_close(first_output(model, inputs), expected, rtol=0, atol=2e-5)
+    found = model.bert.embeddings(ids[:1], position_ids=torch.arange(150)[None])
+    torch.testing.assert_close(found, source.esm.embeddings(ids[:1]))
+
+
+def test_token_dropout_of_several_documents_in_a_row(tmp_path):
+    source = make_encoder(tmp_path / "source", "EsmForMaskedLM", token_dropout=True)
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    ids = random_ids(1, 150, low=5)
+    ids[0, 10:60:2] = source.config.mask_token_id
+    positions = torch.cat((torch.arange(60), torch.arange(90)))[None]
+    with torch.no_grad():
+        expected = torch.cat((source(ids[:, :60]).logits, source(ids[:, 60:]).logits), dim=1)
+        torch.testing.assert_close(model(ids, position_ids=positions).logits, expected, rtol=0, atol=2e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -396,6 +426,17 @@ GENA_KINDS = {
 }
 
 
+def deepspeed_layout(seed, num_blocks=128):
+    """What BigBirdSparsityConfig makes of the settings above: in each head and row two blocks out of all, the window,
+    and the first two blocks."""
+    draw, layout = random.Random(seed), torch.zeros(4, num_blocks, num_blocks, dtype=torch.int64)
+    for head, block in np.ndindex(4, num_blocks):
+        layout[head, block, draw.sample(range(num_blocks), 2)] = 1
+        layout[head, block, max(0, block - 1) : block + 2] = 1
+    layout[:, :2] = layout[:, :, :2] = 1
+    return layout
+
+
 def make_gena(folder, kind, *, head="ForMaskedLM"):
     """Writes a small checkpoint with the names and keys of GENA-LM's, and returns both."""
     config = {
@@ -408,7 +449,7 @@ def make_gena(folder, kind, *, head="ForMaskedLM"):
         "intermediate_size": 64,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-12,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "type_vocab_size": 2,
         "pad_token_id": 3,
         "pre_layer_norm": True,
@@ -416,7 +457,7 @@ def make_gena(folder, kind, *, head="ForMaskedLM"):
     }
     shapes = {"bert.embeddings.word_embeddings": (120, 32), "bert.embeddings.token_type_embeddings": (2, 32)}
     if config["position_embedding_type"] == "absolute":
-        shapes["bert.embeddings.position_embeddings"] = (512, 32)
+        shapes["bert.embeddings.position_embeddings"] = (1024, 32)
     layers = {"cls.predictions.transform.dense": (32, 32), "bert.pooler.dense": (32, 32)}
     norms = ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
     norms += ["bert.encoder.last_layer_ln"] if config.get("last_layer_norm", True) else []
@@ -429,30 +470,40 @@ def make_gena(folder, kind, *, head="ForMaskedLM"):
         layers |= {f"{name}.intermediate.dense": (64, 32), f"{name}.output.dense": (32, 64)}
         norms += [f"{name}.pre_attention_ln", f"{name}.post_attention_ln"]
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    weights = {f"{name}.weight": 0.6 * random(*shape) for name, shape in shapes.items()}
+    noise = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    weights = {f"{name}.weight": 0.6 * noise(*shape) for name, shape in shapes.items()}
     for name, shape in layers.items():
-        weights |= {f"{name}.weight": random(*shape) * shape[1] ** -0.5, f"{name}.bias": 0.1 * random(shape[0])}
+        weights |= {f"{name}.weight": noise(*shape) * shape[1] ** -0.5, f"{name}.bias": 0.1 * noise(shape[0])}
     for name in norms:
-        weights |= {f"{name}.weight": 1 + 0.1 * random(32), f"{name}.bias": 0.1 * random(32)}
-    weights["cls.predictions.bias"] = 0.1 * random(120)
+        weights |= {f"{name}.weight": 1 + 0.1 * noise(32), f"{name}.bias": 0.1 * noise(32)}
+    weights["cls.predictions.bias"] = 0.1 * noise(120)
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
     weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
-    weights["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    weights["bert.embeddings.position_ids"] = torch.arange(1024)[None]
     for number in range(2):
         name = f"bert.encoder.layer.{number}.attention.self"
-        weights[f"{name}.sparse_self_attention.master_layout"] = torch.zeros(4, 64, 64, dtype=torch.int64)
         weights[f"{name}.rotary_emb.inv_freq"] = torch.ones(2)
+        if "sparse_attention" in config:
+            weights[f"{name}.sparse_self_attention.master_layout"] = deepspeed_layout(seed=number)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     torch.save(weights, folder / "pytorch_model.bin")
     return config, weights
 
 
-def gena_states(config, weights, ids, layouts):
-    """What GENA-LM's layers compute, densely, of `[batch, length]` ids; `layouts` tell of each layer which token reads
-    which, `[heads or 1, length, length]`."""
+def gena_layout(weights, length):
+    """Which token reads which, `[heads or 1, length, length]`, in all layers: DeepSpeed's SparseSelfAttention cuts the
+    layout of the layer that is the first to read an input of a length, and keeps it for all of its instances."""
+    layout = weights.get("bert.encoder.layer.0.attention.self.sparse_self_attention.master_layout")
+    if layout is None:
+        return torch.ones(1, length, length, dtype=torch.bool)
+    return layout.bool().repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :length, :length]
+
+
+def gena_states(config, weights, ids):
+    """What GENA-LM's layers compute, densely, of `[batch, length]` ids."""
     length = ids.shape[1]
+    layout = gena_layout(weights, length)
 
     def linear(name, states):
         return torch.nn.functional.linear(states, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -472,7 +523,7 @@ def gena_states(config, weights, ids, layouts):
     if config["position_embedding_type"] == "absolute":
         states = states + weights["bert.embeddings.position_embeddings.weight"][:length]
     states = norm("bert.embeddings.LayerNorm", states)
-    for number, layout in enumerate(layouts):
+    for number in range(2):
         name = f"bert.encoder.layer.{number}"
         entering = norm(f"{name}.pre_attention_ln", states)
         query, key, value = (
@@ -491,8 +542,8 @@ def gena_states(config, weights, ids, layouts):
     return norm("bert.encoder.last_layer_ln", states) if config.get("last_layer_norm", True) else states
 
 
-def gena_logits(config, weights, ids, layouts):
-    states = gena_states(config, weights, ids, layouts)
+def gena_logits(config, weights, ids):
+    states = gena_states(config, weights, ids)
     name = "cls.predictions.transform"
     states = torch.nn.functional.linear(states, weights[f"{name}.dense.weight"], weights[f"{name}.dense.bias"])
     norm = weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"]
@@ -500,52 +551,64 @@ def gena_logits(config, weights, ids, layouts):
     return states @ weights["bert.embeddings.word_embeddings.weight"].T + weights["cls.predictions.bias"]
 
 
-def gena_layout(model, num_blocks, layer):
-    """DeepSpeed's, but for the random blocks, which are those of the model; of tokens."""
-    row = torch.arange(num_blocks)
-    layout = ((row[:, None] - row).abs() <= 1).repeat(4, 1, 1)
-    pattern = bigbird_plus.Sparsity.from_config(model.config).pattern(num_blocks, layer_idx=layer)
-    for head, block in np.ndindex(4, num_blocks):
-        drawn = [read for read in pattern.random_blocks[head, block] if read >= 0]
-        assert len(drawn) == 2 or block in pattern.global_blocks
-        layout[head, block, drawn] = True
-    layout[:, :2] = layout[:, :, :2] = True
-    return layout.repeat_interleave(8, 1).repeat_interleave(8, 2)
-
-
-@pytest.mark.filterwarnings("ignore:The source reads random blocks")
 @pytest.mark.parametrize("kind", GENA_KINDS)
 def test_gena(tmp_path, kind):
+    """At all lengths, those that are no multiple of the block among them: there the source would refuse."""
     config, weights = make_gena(tmp_path / "source", kind)
-    convert_checkpoint(tmp_path / "source", tmp_path / "target", 512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        convert_checkpoint(tmp_path / "source", tmp_path / "target", 1024)
     model = bigbird_plus.BigBirdForMaskedLM.from_pretrained(tmp_path / "target").eval()
-    ids = random_ids(2, 480, low=5)
-    for length in (32, 80, 480):  # read in full by both; the others are sparse
-        is_full = length == 32 or kind == "bert-base"
-        layouts = [
-            torch.ones(1, length, length, dtype=torch.bool) if is_full else gena_layout(model, length // 8, layer)
-            for layer in range(2)
-        ]
-        expected = gena_logits(config, weights, ids[:, :length], layouts)
+    ids = random_ids(2, 1000, low=5)
+    for length in (32, 44, 100, 300, 480, 1000):
+        if kind == "bert-base":
+            model.set_attention_type("original_full")  # the source is no sparse one
+        expected = gena_logits(config, weights, ids[:, :length])
         with torch.no_grad():
             actual = model(ids[:, :length]).logits
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
-    if config["position_embedding_type"] == "rotary":
-        assert model(random_ids(1, 1500, low=5)).logits.isfinite().all()
 
 
-def test_what_gena_has_beyond_that(tmp_path):
+@pytest.mark.parametrize("kind", ["bigbird-base-sparse", "bigbird-base-lastln"])
+def test_gena_beyond_its_own_lengths(tmp_path, kind):
+    """The random blocks of the source repeat, and so do its positions, unless they are rotary."""
+    config, weights = make_gena(tmp_path / "source", kind)
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target", 2048)
+    ids = random_ids(1, 1500, low=5)
+    name = "bert.encoder.layer.0.attention.self.sparse_self_attention.master_layout"
+    layout = torch.zeros(4, 256, 256, dtype=torch.int64)
+    layout[:, :128, :128] = layout[:, 128:, 128:] = weights[name]
+    layout[:, 128:130] = layout[:, :, 128:130] = 0  # the global blocks do not repeat
+    block = torch.arange(256)
+    layout[:, (block[:, None] - block).abs() <= 1] = 1
+    layout[:, :2] = layout[:, :, :2] = 1
+    weights[name] = layout
+    if kind == "bigbird-base-lastln":
+        weights["bert.embeddings.position_embeddings.weight"] = weights[
+            "bert.embeddings.position_embeddings.weight"
+        ].repeat(2, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, gena_logits(config, weights, ids), rtol=0, atol=2e-5)
+
+
+def test_a_classifier_of_gena_and_what_is_refused(tmp_path):
     config, weights = make_gena(tmp_path / "source", "bigbird-base-sparse", head="ForSequenceClassification")
-    with pytest.warns(UserWarning, match=r"random blocks .*master_layout"):
-        model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    model = convert_checkpoint(tmp_path / "source", tmp_path / "target")
     assert (model.config.block_size, model.config.num_random_blocks) == (8, 2)
     assert list(model.config.global_block_indices) == [0, 1]
-    ids = random_ids(2, 40, low=5)
-    first = gena_states(config, weights, ids, [torch.ones(1, 40, 40, dtype=torch.bool)] * 2)[:, 0]
+    ids = random_ids(2, 200, low=5)
+    first = gena_states(config, weights, ids)[:, 0]
     pooled = (first @ weights["bert.pooler.dense.weight"].T + weights["bert.pooler.dense.bias"]).tanh()
     expected = pooled @ weights["classifier.weight"].T + weights["classifier.bias"]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
+
+    with pytest.raises(ValueError, match="block_size cannot be chosen"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "other", block_size=16)
+    config["sparse_attention"]["num_global_blocks"] = 3
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"master_layout .* is no layout .*'num_global_blocks': 3"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "other")
     config["sparse_config_cls"] = "deepspeed.ops.sparse_attention:FixedSparsityConfig"
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"sparse_config_cls is .*FixedSparsityConfig"):

@@ -12,7 +12,7 @@ import bigbird_plus
 from bigbird_plus import demo
 
 from . import fresh
-from .peers import MODELS, few_are_quick, make_model, random_ids, random_inputs
+from .peers import MODELS, few_are_quick, make_model, own_random_blocks, random_ids, random_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx", "ignore::FutureWarning")
 
@@ -142,6 +142,8 @@ def test_random_blocks_are_written_into_the_graph():
     fields = {"eval_random_blocks": True, "random_plan_positions": 128, "different_layout_per_head": False}
     model = small_model(**fields)
     check(model, "BigBirdModel", runner(exported(model)))
+    own = small_model(num_random_blocks=2, random_blocks=own_random_blocks(4, 20, 2))
+    check(own, "BigBirdModel", runner(exported(own, shortest=33)), shapes=((1, 137), (3, 200), (2, 33)))
     without = small_model(**{**fields, "num_random_blocks": 0})
     inputs = example("BigBirdModel", 2, 200)
     assert (tensors_of(without, inputs)[0] - tensors_of(model, inputs)[0]).abs().max() > 1e-2

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from bigbird_plus import BigBirdConfig, BigBirdModel
+from bigbird_plus._compat import CACHE, tokens_in_cache
 from bigbird_plus.attention import common
 from bigbird_plus.modeling_big_bird import BigBirdLayer
 
@@ -295,8 +297,9 @@ def test_padding_is_no_part_of_what_is_read_after_other_blocks(monkeypatch):
     torch.testing.assert_close(output.last_hidden_state[is_real], expected[is_real], rtol=1e-4, atol=1e-4)
 
 
-def test_pruned_heads_and_autocast_are_read_after_other_blocks(monkeypatch):
-    model, inputs = make_model(), {"input_ids": random_ids(2, 200)}
+@pytest.mark.parametrize("fields", [{}, {"eval_random_blocks": True}, {"is_decoder": True}])
+def test_pruned_heads_and_autocast_are_read_after_other_blocks(monkeypatch, fields):
+    model, inputs = make_model(**fields), {"input_ids": random_ids(2, 200)}
     model.encoder.layer[0].attention.prune_heads([1])
     model.encoder.layer[1].attention.prune_heads([0, 2])
     output, layers = streamed(monkeypatch, model, inputs)
@@ -394,13 +397,71 @@ def test_a_layer_in_training_reads_its_random_blocks(monkeypatch):
     assert (expected - evaluated).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "fields", [{"num_extra_global_tokens": 2}, {"attn_implementation": "eager"}, {"is_decoder": True}]
-)
+@pytest.mark.parametrize("fields", [{"num_extra_global_tokens": 2}, {"attn_implementation": "eager"}])
 @pytest.mark.parametrize("padded", [False, True])
 def test_other_models_are_not_written_over(monkeypatch, fields, padded):
     model, inputs = make_model(**fields), padded_inputs(200) if padded else {"input_ids": random_ids(1, 200)}
     assert streamed(monkeypatch, model, inputs)[1] == 0
+
+
+def decoder_inputs(side, length):
+    """One document, or several of which the first is the longest."""
+    if side == "none":
+        return {"input_ids": random_ids(1, length)}
+    mask = torch.arange(length) < torch.tensor([length, 150, 40, length - 1])[:, None]
+    return {"input_ids": random_ids(4, length), "attention_mask": (mask if side == "right" else mask.flip(1)).long()}
+
+
+TURNED = {"position_embedding_type": "rotary", "norm_position": "pre"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_random_blocks": 0}, TURNED, {**TURNED, "num_random_blocks": 0}])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_decoders_are_read_some_blocks_after_others(monkeypatch, fields, side, blocks):
+    """The same numbers, padding included."""
+    model, inputs = make_model(is_decoder=True, **fields), decoder_inputs(side, 203)
+    output, layers = streamed(monkeypatch, model, {**inputs, "use_cache": False}, blocks)
+    assert layers == 2
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+    torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, TURNED])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "of encoder and decoder"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_cache_is_filled_some_blocks_after_others(monkeypatch, kind, side, fields):
+    """A text goes on behind what it holds as behind what whole layers have put there."""
+    model, inputs = make_model(is_decoder=True, **fields), decoder_inputs(side, 203)
+    expected, states = make_cache(kind, model), []
+    with torch.no_grad():
+        states.append(model(**inputs, past_key_values=expected).last_hidden_state)
+    cache = make_cache(kind, model)
+    output, layers = streamed(monkeypatch, model, {**inputs, "past_key_values": cache})
+    assert layers == 2
+    assert output[CACHE] is cache
+    torch.testing.assert_close(output.last_hidden_state, states[0], rtol=1e-4, atol=1e-4)
+    assert tokens_in_cache(cache) == 203
+    more = {"input_ids": random_ids(len(states[0]), 9, seed=1)}
+    if side != "none":
+        more["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 9), value=1)
+    with torch.no_grad():
+        actual, wanted = (model(**more, past_key_values=own).last_hidden_state for own in (cache, expected))
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def make_cache(kind, model):
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=220)
+    return DynamicCache() if kind == "dynamic" else EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def test_decoders_with_cross_attention_are_not_written_over(monkeypatch):
+    model = make_model(is_decoder=True, add_cross_attention=True)
+    inputs = {"input_ids": random_ids(1, 200), "encoder_hidden_states": torch.randn(1, 7, model.config.hidden_size)}
+    assert streamed(monkeypatch, model, inputs)[1] == 0
+    assert streamed(monkeypatch, model, inputs | {"encoder_hidden_states": None})[1] == 2
 
 
 @pytest.mark.parametrize("name", ["intermediate", "output", "output.dense", "attention.output.LayerNorm"])

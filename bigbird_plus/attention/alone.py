@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .parts import AnyPart, FullPart, SparsePart
+from .parts import AnyPart, FullPart, SharedPart, SparsePart
 from .plan import Plan, full_implementation
 
 
@@ -57,9 +57,9 @@ def read_in_full(plan: Plan, module, query: Tensor) -> Plan:
     Raises:
         ValueError: in a sparse decoder.
     """
-    if all(isinstance(part, FullPart) for part in plan.parts):
+    if all(part.is_full for part in plan.parts):
         return plan
-    if not all(isinstance(part, SparsePart) for part in plan.parts if not isinstance(part, FullPart)):
+    if module.is_causal:
         raise ValueError(
             "All layers of a decoder must have one attention_type. Call set_attention_type of the model, not of a "
             "layer."
@@ -70,5 +70,7 @@ def read_in_full(plan: Plan, module, query: Tensor) -> Plan:
         if isinstance(part, SparsePart):
             mask = masks.NO_MASK if part.key_mask is None else masks.key_mask_of(part.key_mask, query.dtype, name)
             part = FullPart(part.start, part.size, part.documents, mask=mask, implementation=name)
+        elif isinstance(part, SharedPart):
+            part = replace(part, sparsity=None)
         parts.append(part)
     return replace(plan, parts=tuple(parts), row=None)

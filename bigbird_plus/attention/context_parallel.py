@@ -34,7 +34,7 @@ class Shards(NamedTuple):
 
     @classmethod
     def even(cls, num_blocks: int, processes: Processes) -> "Shards":
-        """As even as whole blocks allow. The first process has a block in any case."""
+        """As even as whole blocks allow."""
         size = processes.size
         return cls(tuple(-(-num_blocks * rank // size) for rank in range(size + 1)), processes.rank)
 
@@ -51,6 +51,15 @@ class Shards(NamedTuple):
     def blocks(self, rank: int) -> range:
         """The blocks of a process."""
         return range(self.bounds[rank], self.bounds[rank + 1])
+
+    def of_document(self, first: int, count: int) -> "Shards":
+        """Who holds what of `count` blocks from `first` on, counted from there."""
+        return Shards(tuple(min(max(bound - first, 0), count) for bound in self.bounds), self.rank)
+
+    @property
+    def holders(self) -> int:
+        """How many processes have a block."""
+        return sum(len(self.blocks(rank)) > 0 for rank in range(self.size))
 
     def owners(self, blocks: np.ndarray) -> np.ndarray:
         """The ranks that hold the blocks."""
@@ -195,6 +204,13 @@ class Exchanges(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+def full_pattern(num_blocks: int, block_size: int, is_causal: bool) -> BlockPattern:
+    """All blocks read everything."""
+    pattern = BlockPattern(num_blocks=num_blocks, block_size=block_size, window=1, num_leading=num_blocks)
+    return replace(pattern, num_full=num_blocks, is_causal=True) if is_causal else pattern
+
+
+@lru_cache(maxsize=256)
 def plan_exchanges(
     pattern: BlockPattern, shards: Shards, heads: int, shared: tuple[int, ...], extra_blocks: int
 ) -> Exchanges:
@@ -267,7 +283,7 @@ class Reading(NamedTuple):
         return mask[:, first : first + count]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading, *, scaling: float) -> Tensor:
+def attend_together(query: Tensor, key: Tensor, value: Tensor, reading: Reading, *, scaling: float) -> Tensor:
     """The context of the tokens of this process.
 
     Args:
@@ -300,7 +316,7 @@ def _attend_to_excerpt(query, key, value, exchanges, reading, scaling) -> Tensor
     fetched = exchanges.keys.of([key, value], reading.processes)
     excerpt = exchanges.excerpt
     if excerpt is None:
-        return torch.zeros_like(query) + fetched.sum() * 0  # others wait for its gradient
+        return (query + fetched.sum()) * 0  # others wait for its gradient
     rows, end = excerpt.rows, len(excerpt.slots) * reading.pattern.block_size + reading.num_extra
     first = int(excerpt.slots[rows.start]) - reading.shards.own.start
     own = slice(first, first + len(rows))

@@ -153,6 +153,24 @@ def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, ...]:
     return starts.nonzero(as_tuple=True)
 
 
+def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:
+    """`int64`, `[batch]`: where the documents of `states`, `[batch, length, ...]`, begin. That is the first place of
+    the tensor, padding or not, unless documents are read as they are alone (`config.pattern_per_document`)."""
+    if not config.pattern_per_document or attention_mask is None or attention_mask.dim() != 2:
+        return torch.zeros(states.shape[0], dtype=torch.int64, device=states.device)
+    return (attention_mask != 0).int().argmax(dim=-1)
+
+
+def first_states(states: Tensor, attention_mask: Tensor | None, config, position_ids: Tensor | None = None) -> Tensor:
+    """`[documents, hidden_size]`: the state of each document's first token. `position_ids` is given if rows hold
+    several documents, in which each starts anew; otherwise there is one in each row."""
+    if position_ids is not None:
+        return states[first_tokens(position_ids, states.shape[0])]
+    if not config.pattern_per_document:
+        return states[:, 0]
+    return states[torch.arange(states.shape[0], device=states.device), first_places(states, attention_mask, config)]
+
+
 def same_document_mask(position_ids: Tensor) -> Tensor:
     """`bool`, `[batch, length, length]`: whether two tokens belong together, for graphs, which know no values."""
     document = document_starts(position_ids).cumsum(-1)

@@ -169,6 +169,9 @@ def _from_arguments(key_mask, places, is_token, random_blocks, fields, middle_bl
 @lru_cache(maxsize=256)
 def _pattern_of(fields: tuple, middle_blocks: tuple, random: tuple | None) -> BlockPattern:
     num_blocks, block_size, window, num_leading, num_trailing, first_block_extra, num_full, is_causal = fields
+    random_blocks = None
+    if random is not None:
+        random_blocks = np.frombuffer(bytearray(random[0]), dtype=np.int64).reshape(random[1])
     return BlockPattern(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -178,6 +181,6 @@ def _pattern_of(fields: tuple, middle_blocks: tuple, random: tuple | None) -> Bl
         middle_blocks=middle_blocks,
         first_block_extra=first_block_extra,
         num_full=num_full,
-        random_blocks=None if random is None else np.frombuffer(random[0], dtype=np.int64).reshape(random[1]),
+        random_blocks=random_blocks,
         is_causal=bool(is_causal),
     )

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from . import full, masks
 from .common import count_blocks, cut, is_exporting, is_tracing, may_read_values, pad_to_blocks
-from .engines import Choice
+from .context_parallel import Reading, Shards, attend_together, full_pattern
+from .engines import Choice, Engine
 from .global_tokens import GlobalTokens, find_global_tokens
 from .impl import gather, reference
 from .impl.gather import Piece
 from .masks import NO_MASK, FullMask
 from .pattern import BlockPattern, Sparsity
+from .processes import Processes
 
 
 class Tokens(NamedTuple):
@@ -54,6 +56,19 @@ class Tokens(NamedTuple):
         return self.keys is not None
 
 
+class Document(NamedTuple):
+    """One that is read sparsely, alone.
+
+    pattern: which block reads which, in inference.
+    key_mask: `bool`, `[1, tokens of its blocks]`, False for padding; None where there is none.
+    first: the place of its first token. Before it there is padding.
+    """
+
+    pattern: BlockPattern
+    key_mask: Tensor | None
+    first: int = 0
+
+
 P = TypeVar("P", bound="Part")
 
 
@@ -71,6 +86,11 @@ class Part:
         """The place behind them."""
         return self.start + self.documents * self.size
 
+    @property
+    def is_full(self) -> bool:
+        """Whether their tokens read each other in full."""
+        return False
+
     def take(self, row: Tensor) -> Tensor:
         """`[1, heads, row, dim]` -> `[documents, heads, size, dim]`: a view."""
         return row[0, :, self.start : self.end].unflatten(1, (self.documents, self.size)).transpose(0, 1)
@@ -87,6 +107,10 @@ class FullPart(Part):
 
     mask: FullMask = NO_MASK
     implementation: str = "eager"
+
+    @property
+    def is_full(self) -> bool:
+        return True
 
     def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
         """See `Plan.attend`."""
@@ -141,6 +165,10 @@ class SparsePart(Part):
             return context, None
         return context, reference.attention(*arguments, scaling=module.scaling)[1]
 
+    def document(self, module) -> Document:
+        """The only one, as the attention `module` reads it."""
+        return Document(self.pattern(module.layer_idx, training=False).for_heads(module.heads), self.key_mask)
+
     def some(self, documents: slice) -> "SparsePart":
         key_mask = None if self.key_mask is None else self.key_mask[documents]
         tokens = None if self.global_tokens is None else self.global_tokens.of_documents(documents)
@@ -167,8 +195,7 @@ class DecoderPart(Part):
 
     def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, Tensor | None]:
         """See `Plan.attend`. The context of padding is zero."""
-        num_blocks = count_blocks(self.num_keys, self.sparsity.block_size)
-        pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
+        pattern = self._pattern(module, self.num_keys)
         is_eager, probabilities = self.choice.engine is reference, None
         if is_eager or output_attentions:
             context, probabilities = self._by_definition(query, key, value, pattern, module.scaling)
@@ -178,6 +205,24 @@ class DecoderPart(Part):
         context = attend(query, key, value, pattern, module.scaling)
         is_real = self._is_real()
         return context if is_real is None else context.masked_fill(~is_real[:, None, :, None], 0), probabilities
+
+    def document(self, module) -> Document:
+        """The only one, from its start, as the attention `module` reads it."""
+        first = 0 if self.piece.offset is None else int(self.piece.offset)
+        key_mask = self.key_mask
+        if key_mask is not None:
+            key_mask = pad_to_blocks(key_mask[:, first:], self.sparsity.block_size, 1)
+        return Document(self._pattern(module, self.num_keys - first), key_mask, first)
+
+    def some(self, documents: slice) -> "DecoderPart":
+        key_mask = None if self.key_mask is None else self.key_mask[documents]
+        offset = None if self.piece.offset is None else self.piece.offset[documents]
+        return replace(super().some(documents), key_mask=key_mask, piece=self.piece._replace(offset=offset))
+
+    def _pattern(self, module, tokens: int) -> BlockPattern:
+        """That of so many tokens."""
+        num_blocks = count_blocks(tokens, self.sparsity.block_size)
+        return self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx).for_heads(module.heads)
 
     def _is_real(self) -> Tensor | None:
         """`bool`, `[batch, queries]`: which of the input's tokens are not padding; None for all."""
@@ -221,7 +266,64 @@ def _rotate(tensor: Tensor, by: Tensor, dim: int) -> Tensor:
     return tensor.transpose(1, dim)[sequence, source].transpose(1, dim)
 
 
-AnyPart = FullPart | SparsePart | DecoderPart
+@dataclass(frozen=True, kw_only=True)
+class SharedPart(Part):
+    """Documents that processes share. What is attended to are the tokens of this process, filled up to whole blocks,
+    and behind them the extra ones: those of all processes are alike as they enter, and those of the last one count.
+
+    processes, shards: who holds what.
+    block_size: tokens in a block.
+    sparsity: what patterns are made of; None if documents are read in full.
+    is_causal: whether they are a decoder's.
+    engine, key_mask, global_tokens: see `context_parallel.Reading`.
+    """
+
+    processes: Processes
+    shards: Shards
+    block_size: int
+    sparsity: Sparsity | None
+    is_causal: bool
+    engine: Engine | None
+    key_mask: Tensor | None
+    global_tokens: GlobalTokens | None
+
+    @property
+    def is_full(self) -> bool:
+        return self.sparsity is None
+
+    def attend(self, module, query, key, value, output_attentions=False) -> tuple[Tensor, None]:
+        """See `Plan.attend`.
+
+        Raises:
+            ValueError: for probabilities, and for dropout of them.
+        """
+        refuse_probabilities(output_attentions)
+        if self.sparsity is None and module.dropout_prob:
+            raise ValueError(
+                f"attention_probs_dropout_prob ({module.dropout_prob}) has an effect where attention is full, as it "
+                "is for inputs so short, but not within context_parallel: set it to 0 for training."
+            )
+        fields = (self.processes, self.shards, self._pattern(module), self.engine, self.key_mask, self.global_tokens)
+        return attend_together(query, key, value, Reading(*fields), scaling=module.scaling), None
+
+    def _pattern(self, module) -> BlockPattern:
+        num_blocks = self.shards.bounds[-1]
+        if self.sparsity is None:
+            return full_pattern(num_blocks, self.block_size, self.is_causal)
+        if self.is_causal:
+            pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx)
+        else:
+            pattern = self.sparsity.pattern(num_blocks, layer_idx=module.layer_idx, training=module.training)
+        return pattern.for_heads(module.heads)
+
+
+def refuse_probabilities(output_attentions: bool) -> None:
+    """Raises a `ValueError` if they are asked for where processes share documents."""
+    if output_attentions:
+        raise ValueError("output_attentions=True is not for context_parallel: no process has all probabilities.")
+
+
+AnyPart = FullPart | SparsePart | DecoderPart | SharedPart
 
 
 def whole_batch(

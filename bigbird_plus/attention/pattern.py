@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from .common import count_blocks, is_exporting
-from .random_blocks import NO_BLOCK, CausalPlan, draw_random_blocks, draw_uniform_blocks
+from .random_blocks import (
+    NO_BLOCK,
+    CausalPlan,
+    draw_random_blocks,
+    draw_uniform_blocks,
+    read_random_blocks,
+    repeat_random_blocks,
+)
 
 KINDS_OF_READING = {
     "none": "#f4f4f4",
@@ -47,6 +54,7 @@ class Sparsity:
     random_plan_positions: int | None = None
     different_layout_per_head: bool = True
     global_block_indices: Sequence[int] | None = None
+    random_blocks: str | None = None
 
     def __post_init__(self):
         for name in ("num_attention_heads", "block_size", "num_sliding_window_blocks"):
@@ -64,6 +72,8 @@ class Sparsity:
             )
         if self.global_block_indices is not None:
             self._check_indices()
+        if self.random_blocks is not None and not torch.compiler.is_compiling():
+            self.own_plan()
 
     def _check_indices(self):
         indices = self.global_block_indices
@@ -85,7 +95,11 @@ class Sparsity:
 
     @property
     def full_attention_length(self) -> int:
-        """The longest input, in tokens, that is read in full: blocks of all kinds and as many random ones again."""
+        """The longest input, in tokens, that is read in full: blocks of all kinds and as many random ones again. With
+        `random_blocks` the pattern holds at all lengths, and this is what it reads in full in any case."""
+        if self.random_blocks is not None:
+            num_global = self.num_global_blocks if self.global_block_indices is None else 0
+            return max(1 + self.num_sliding_window_blocks // 2, num_global) * self.block_size
         num_global = self.num_global_blocks
         if self.global_block_indices is not None:
             num_global = len(set(self.global_block_indices))
@@ -105,9 +119,18 @@ class Sparsity:
         """How many draws of random blocks a layer has: one for each head, or one for all."""
         return self.num_attention_heads if self.different_layout_per_head else 1
 
+    def own_plan(self) -> np.ndarray:
+        """What `random_blocks` says, see `read_random_blocks`."""
+        if not isinstance(self.random_blocks, str):
+            raise ValueError(f"random_blocks must be a string or None, but is {self.random_blocks!r}.")
+        return read_random_blocks(self.random_blocks, self.num_layouts, self.num_random_blocks)
+
     def pattern(self, num_blocks: int, *, layer_idx: int = 0, training: bool = False) -> "BlockPattern":
         """The pattern of one layer for an input of `num_blocks` blocks. Made once, then taken from a bounded cache."""
-        random = self.num_random_blocks > 0 and (training or self.eval_random_blocks or not self.is_original_shape)
+        reads_first_block = self.is_original_shape and not (training or self.eval_random_blocks)
+        random = self.num_random_blocks > 0 and (self.random_blocks is not None or not reads_first_block)
+        if self.random_blocks is not None:
+            layer_idx = 0  # all layers read the same
         if not torch.compiler.is_compiling():
             return _make_pattern(self, num_blocks, layer_idx if random else None)
         if not random:
@@ -157,15 +180,15 @@ class Sparsity:
             is_causal=True,
         )
 
-    def _for_operators(self) -> tuple[list[int], list[int] | None]:
-        """The settings as operators take them: numbers, 0 for None, and the list apart."""
-        *numbers, indices = (getattr(self, name) for name in self.__dataclass_fields__)
-        return [int(number or 0) for number in numbers], None if indices is None else list(indices)
+    def _for_operators(self) -> tuple[list[int], list[int] | None, str | None]:
+        """The settings as operators take them: numbers, 0 for None, and what is no number apart."""
+        *numbers, indices, blocks = (getattr(self, name) for name in self.__dataclass_fields__)
+        return [int(number or 0) for number in numbers], None if indices is None else list(indices), blocks
 
     @classmethod
-    def _of_operators(cls, settings: list[int], indices: list[int] | None) -> "Sparsity":
+    def _of_operators(cls, settings: list[int], indices: list[int] | None, blocks: str | None) -> "Sparsity":
         """The reverse."""
-        fields: dict[str, Any] = dict(zip(cls.__dataclass_fields__, [*settings, indices], strict=True))
+        fields: dict[str, Any] = dict(zip(cls.__dataclass_fields__, [*settings, indices, blocks], strict=True))
         return cls(**fields)
 
 
@@ -396,6 +419,11 @@ def _make_pattern(sparsity: Sparsity, num_blocks: int, layer_idx: int | None) ->
 
 def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarray:
     """The random blocks of a pattern that has none yet."""
+    if sparsity.random_blocks is not None:
+        plan = repeat_random_blocks(sparsity.own_plan(), pattern.num_blocks)
+        distance = plan - np.arange(pattern.num_blocks)[:, None]
+        is_in_window = (distance >= -pattern.before) & (distance <= pattern.after)
+        return np.where(is_in_window | np.isin(plan, pattern.global_blocks), NO_BLOCK, plan)
     if sparsity.is_original_shape:
         return draw_random_blocks(
             num_heads=sparsity.num_layouts,
@@ -414,29 +442,39 @@ def _draw(sparsity: Sparsity, pattern: BlockPattern, layer_idx: int) -> np.ndarr
 
 
 # torch 2.6 cannot make it of `list[int]`.
-_SCHEMA = "(SymInt[] settings, SymInt[]? indices, SymInt num_blocks, SymInt layer_idx, bool is_causal) -> Tensor"
+_SCHEMA = (
+    "(SymInt[] settings, SymInt[]? indices, str? blocks, SymInt num_blocks, SymInt layer_idx, bool is_causal) "
+    "-> Tensor"
+)
 
 
 @torch.library.custom_op("bigbird_plus::random_blocks", mutates_args=(), schema=_SCHEMA)
 def _traced_random_blocks(
-    settings: list[int], indices: list[int] | None, num_blocks: int, layer_idx: int, is_causal: bool
+    settings: list[int],
+    indices: list[int] | None,
+    blocks: str | None,
+    num_blocks: int,
+    layer_idx: int,
+    is_causal: bool,
 ) -> Tensor:
     """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
-    generators do not allow. `settings` and `indices` are the fields of a `Sparsity`."""
-    sparsity = Sparsity._of_operators(settings, indices)
+    generators do not allow. `settings`, `indices` and `blocks` are the fields of a `Sparsity`."""
+    sparsity = Sparsity._of_operators(settings, indices, blocks)
     if is_causal:
         return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(num_blocks))
     return torch.tensor(_make_pattern(sparsity, num_blocks, layer_idx).random_blocks)
 
 
 @_traced_random_blocks.register_fake
-def _(settings, indices, num_blocks, layer_idx, is_causal):
-    sparsity = Sparsity._of_operators(settings, indices)
+def _(settings, indices, blocks, num_blocks, layer_idx, is_causal):
+    sparsity = Sparsity._of_operators(settings, indices, blocks)
     return torch.empty(sparsity.num_layouts, num_blocks, sparsity.num_random_blocks, dtype=torch.int64)
 
 
 @torch.compiler.assume_constant_result
-def _plans_of_all_lengths(settings: list[int], indices: list[int] | None, layer_idx: int) -> Tensor:
+def _plans_of_all_lengths(
+    settings: list[int], indices: list[int] | None, blocks: str | None, layer_idx: int
+) -> Tensor:
     """The random blocks of inputs of any length up to `max_position_embeddings`. An exported graph holds them: where
     it runs, there are neither NumPy's generators nor this package.
 
@@ -444,7 +482,7 @@ def _plans_of_all_lengths(settings: list[int], indices: list[int] | None, layer_
         `int16` tensor `[1 + most blocks, heads or 1, most blocks, random]`: for each number of blocks its plan, filled
         up with `NO_BLOCK`.
     """
-    sparsity = Sparsity._of_operators(settings, indices)
+    sparsity = Sparsity._of_operators(settings, indices, blocks)
     most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
     plans = np.full((most + 1, sparsity.num_layouts, most, sparsity.num_random_blocks), NO_BLOCK, dtype=np.int16)
     for num_blocks in range(sparsity.full_attention_length // sparsity.block_size + 1, most + 1):
@@ -465,8 +503,8 @@ def _causal_plan(sparsity: Sparsity, layer_idx: int) -> CausalPlan:
 
 
 @torch.compiler.assume_constant_result
-def _longest_causal_plan(settings: list[int], indices: list[int] | None, layer_idx: int) -> Tensor:
+def _longest_causal_plan(settings: list[int], indices: list[int] | None, blocks: str | None, layer_idx: int) -> Tensor:
     """The same for decoders, `int64`, `[heads or 1, most blocks, random]`: any shorter plan is its beginning."""
-    sparsity = Sparsity._of_operators(settings, indices)
+    sparsity = Sparsity._of_operators(settings, indices, blocks)
     most = count_blocks(sparsity.max_position_embeddings, sparsity.block_size)
     return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(most))

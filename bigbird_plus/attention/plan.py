@@ -12,19 +12,19 @@ to the plan, and know nothing of it. Two layouts:
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import masks
 from .common import chunks, count_blocks, cut, is_tracing, may_read_values, pad_to_blocks
-from .documents import first_tokens, same_document_mask
+from .documents import first_states, first_tokens, same_document_mask
 from .engines import Call, Choice, choose_engine, is_engine
 from .global_tokens import find_global_tokens
 from .masks import FullMask, ScoreShape
-from .parts import AnyPart, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
-from .pattern import BlockPattern, Sparsity
+from .parts import AnyPart, DecoderPart, Document, FullPart, Part, SparsePart, Tokens, decoder_part, whole_batch
+from .pattern import Sparsity
 from .rotary import Rotation, make_rotation
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ class Plan:
         """Of tensors `[batch or 1, length, ...]` the tokens that are computed here: all."""
         return tensors
 
-    def first_states(self, states: Tensor) -> Tensor:
-        """What has left the plan, so that its first places are those of the batch."""
-        return states
+    def first_states(self, states: Tensor, attention_mask, config, position_ids) -> Tensor:
+        """See `documents.first_states`; of states that have left the plan."""
+        return first_states(states, attention_mask, config, position_ids)
 
     def enter(self, states: Tensor) -> Tensor:
         """What the layers compute, without the extra tokens, of `[batch, length, ...]`."""
@@ -224,13 +224,13 @@ class Plan:
 
     @property
     def can_stream(self) -> bool:
-        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, without
-        a cache and without global tokens."""
+        """Whether the documents can be read one after another: on a CPU, if they are packed or read sparsely, from
+        their start and without global tokens."""
         if self.choice is None:
             return self.packing is not None and self.positions.device.type == "cpu" and not self.num_extra
-        kinds_fit = all(isinstance(part, FullPart | SparsePart) for part in self.parts)
+        from_start = all(getattr(part, "from_start", True) for part in self.parts)
         has_global_tokens = any(getattr(part, "global_tokens", None) is not None for part in self.parts)
-        return self.choice.name == "merged" and kinds_fit and not has_global_tokens
+        return self.choice.name == "merged" and from_start and not has_global_tokens
 
     def chunks(self, states: Tensor, size: int) -> Iterator[tuple[Tensor, "Plan"]]:
         """Views of `states`, in the layout of the plan, that hold documents of up to `size` tokens together or a
@@ -260,13 +260,16 @@ class Plan:
                 gathered.append(piece)
         yield gathered
 
-    def only_document(self, layer_idx: int) -> tuple[BlockPattern, Tensor | None] | None:
-        """Pattern in inference and key mask of the document, if there is one alone and it is read sparsely."""
+    @property
+    def has_one_document(self) -> bool:
+        """Whether there is one document alone, and it is read sparsely."""
         part = self.parts[0]
-        is_alone = len(self.parts) == 1 and (part.documents if self.packing is not None else self.batch) == 1
-        if not is_alone or not isinstance(part, SparsePart):
-            return None
-        return part.pattern(layer_idx, training=False), part.key_mask
+        documents = part.documents if self.packing is not None else self.batch
+        return len(self.parts) == documents == 1 and not isinstance(part, FullPart)
+
+    def document(self, module: nn.Module) -> Document:
+        """How the attention `module` reads the only one, sparsely."""
+        return cast(SparsePart | DecoderPart, self.parts[0]).document(module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,14 +277,22 @@ class Plan:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Reader(NamedTuple):
-    """The settings of a model."""
+class Reader(NamedTuple):
+    """The settings of a model, and what a call brings."""
 
     config: "BigBirdConfig"
     sparsity: Sparsity
     tokens: Tokens
     reads_sparsely: bool
     global_mask: Tensor | None
+
+    @classmethod
+    def of(cls, config, attention_type: str, tokens: Tokens) -> "Reader":
+        """Arguments as those of `make_plan`."""
+        sparsity = Sparsity.from_config(config)
+        keys = tokens.length if tokens.keys is None else tokens.keys
+        reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
+        return cls(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
 
     @property
     def implementation(self) -> str:
@@ -341,23 +352,20 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
     Raises:
         ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
     """
-    sparsity = Sparsity.from_config(config)
-    keys = tokens.length if tokens.keys is None else tokens.keys
-    reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
-    reader = _Reader(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens))
+    reader = Reader.of(config, attention_type, tokens)
     computed = _computed(reader, keeps)
     spans, per_document = _find_documents(reader, computed) if packs else ([], False)
     if spans:
         return _packed_plan(reader, spans, per_document)
-    _check_length(config, tokens, tokens.length)
+    check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
     shape["positions"] = tokens.cache_position[None] if tokens.position_ids is None else tokens.position_ids
-    if not reads_sparsely:
+    if not reader.reads_sparsely:
         full = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
         return Plan((full,), **shape, computed=computed)
     if config.is_decoder:
         choice = reader.choose_engine(has_global_tokens=False)
-        return Plan((decoder_part(sparsity, tokens, choice),), **shape, choice=choice)
+        return Plan((decoder_part(reader.sparsity, tokens, choice),), **shape, choice=choice)
     part = _sparse_part(reader)
     return Plan((part,), **shape, choice=part.choice, block_size=config.block_size, computed=computed)
 
@@ -371,7 +379,8 @@ def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
     return masks.as_global_mask(tokens.global_attention_mask, tokens.batch, tokens.length)
 
 
-def _check_length(config, tokens: Tokens, length: int) -> None:
+def check_length(config, tokens: Tokens, length: int) -> None:
+    """Raises a `ValueError` if so many tokens of a document need more positions than there are."""
     most, past = config.longest_input, tokens.past
     if most is None:
         return
@@ -387,7 +396,7 @@ def _check_length(config, tokens: Tokens, length: int) -> None:
         )
 
 
-def _computed(reader: _Reader, keeps: str) -> Tensor | None:
+def _computed(reader: Reader, keeps: str) -> Tensor | None:
     """`bool`, `[batch, length]`: whose states are returned; None for all."""
     config, tokens = reader.config, reader.tokens
     keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
@@ -401,7 +410,7 @@ def _computed(reader: _Reader, keeps: str) -> Tensor | None:
     return real | (torch.arange(tokens.length, device=real.device) == 0)
 
 
-def _full_mask(reader: _Reader) -> FullMask:
+def _full_mask(reader: Reader) -> FullMask:
     """The mask of a batch that is read in full as it came."""
     tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
     attention_mask, keys = tokens.attention_mask, tokens.length if tokens.keys is None else tokens.keys
@@ -414,7 +423,7 @@ def _full_mask(reader: _Reader) -> FullMask:
     return reader.full_mask(attention_mask, places, batch=tokens.batch, keys=keys + num_extra, past=tokens.past)
 
 
-def _sparse_part(reader: _Reader) -> SparsePart:
+def _sparse_part(reader: Reader) -> SparsePart:
     """A batch that is read sparsely as it came."""
     config, sparsity, tokens, global_mask = reader.config, reader.sparsity, reader.tokens, reader.global_mask
     if tokens.attention_mask is not None and tokens.attention_mask.dim() != 2:
@@ -432,7 +441,13 @@ def _sparse_part(reader: _Reader) -> SparsePart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_documents(reader: _Reader, computed: Tensor | None) -> tuple[list[Span], bool]:
+def find_documents(reader: Reader, keeps: str) -> list[Span]:
+    """The documents that are read as they are alone; none if there are no others than those of the padded batch."""
+    spans, per_document = _find_documents(reader, _computed(reader, keeps))
+    return spans if per_document else []
+
+
+def _find_documents(reader: Reader, computed: Tensor | None) -> tuple[list[Span], bool]:
     """The documents to pack, none if packing would save nothing and change nothing; and whether each is read as it is
     alone: counted from its first real token, with a pattern of its own, or in full where it is short enough."""
     config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
@@ -467,7 +482,7 @@ def _documents_of_positions(position_ids: Tensor, batch: int, length: int) -> li
     return [(row, first, end if next_row == row else length) for (row, first), (next_row, end) in pairwise(ends)]
 
 
-def _spans(reader: _Reader, documents: list[tuple[int, int, int]], own_patterns: bool) -> list[Span]:
+def _spans(reader: Reader, documents: list[tuple[int, int, int]], own_patterns: bool) -> list[Span]:
     """Those of documents, as `_documents_of_positions` gives them, like ones next to each other."""
     sparsity, length = reader.sparsity, reader.tokens.length
     block_size = sparsity.block_size
@@ -487,28 +502,16 @@ def _spans(reader: _Reader, documents: list[tuple[int, int, int]], own_patterns:
     return sorted(spans, key=lambda span: span.kind)
 
 
-def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan:
+def _packed_plan(reader: Reader, spans: list[Span], per_document: bool) -> Plan:
     tokens, num_extra = reader.tokens, reader.config.num_extra_global_tokens
-    _check_length(reader.config, tokens, max(span.length for span in spans) if per_document else tokens.length)
-    packing = _pack(spans, tokens)
-    global_mask = None
-    if reader.global_mask is not None:
-        global_mask = reader.global_mask.flatten()[packing.sources] & packing.is_real
-    alike = [list(group) for _, group in groupby(spans, key=lambda span: span.kind)]
-    has_global_tokens = num_extra > 0 or (global_mask is not None and bool(global_mask.any()))
-    is_sparse_anywhere = any(span.num_blocks is not None for span in spans)
-    choice = reader.choose_engine(has_global_tokens) if is_sparse_anywhere else None
-    parts, start = [], 0
-    for group in alike:
-        parts.append(
-            _packed_part(reader, group, Part(start, group[0].size, len(group)), packing.is_real, global_mask, choice)
-        )
-        start = parts[-1].end
+    check_length(reader.config, tokens, max(span.length for span in spans) if per_document else tokens.length)
+    packing, choice = pack(spans, tokens), choose_for_documents(reader, spans)
+    parts = packed_parts(reader, packing, spans, choice)
     return Plan(
         tuple(parts),
         batch=tokens.batch,
         length=tokens.length,
-        positions=_positions(reader, spans, per_document),
+        positions=positions_of(reader, spans, per_document),
         choice=choice,
         num_extra=num_extra,
         packing=packing,
@@ -516,7 +519,33 @@ def _packed_plan(reader: _Reader, spans: list[Span], per_document: bool) -> Plan
     )
 
 
-def _pack(spans: list[Span], tokens: Tokens) -> Packing:
+def choose_for_documents(reader: Reader, spans: list[Span]) -> Choice | None:
+    """The engine for what is read sparsely; None if nothing is."""
+    global_mask, real = reader.global_mask, reader.tokens.attention_mask
+    if global_mask is not None and real is not None:
+        global_mask = global_mask & (real != 0)
+    is_chosen = global_mask is not None and bool(global_mask.any())
+    is_sparse_anywhere = any(span.num_blocks is not None for span in spans)
+    has_global_tokens = is_chosen or reader.config.num_extra_global_tokens > 0
+    return reader.choose_engine(has_global_tokens) if is_sparse_anywhere else None
+
+
+def packed_parts(reader: Reader, packing: Packing, spans: list[Span], choice: Choice | None) -> list[AnyPart]:
+    """What is read together of the last documents of `packing`, `spans`: documents that are alike."""
+    global_mask = None
+    if reader.global_mask is not None:
+        global_mask = reader.global_mask.flatten()[packing.sources] & packing.is_real
+    parts: list[AnyPart] = []
+    start = len(packing.sources) - sum(span.size for span in spans)
+    for _, alike in groupby(spans, key=lambda span: span.kind):
+        group = list(alike)
+        where = Part(start, group[0].size, len(group))
+        parts.append(_packed_part(reader, group, where, packing.is_real, global_mask, choice))
+        start = parts[-1].end
+    return parts
+
+
+def pack(spans: list[Span], tokens: Tokens) -> Packing:
     """Where the tokens of the spans come from."""
     total = sum(span.size for span in spans)
     sources, is_real = torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.bool)
@@ -532,7 +561,7 @@ def _pack(spans: list[Span], tokens: Tokens) -> Packing:
     return Packing(tuple(spans), sources, is_real)
 
 
-def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor:
+def positions_of(reader: Reader, spans: list[Span], per_document: bool) -> Tensor:
     """Of the position embeddings, `[1 or batch, length]`."""
     tokens, config = reader.tokens, reader.config
     if tokens.position_ids is not None:
@@ -548,7 +577,7 @@ def _positions(reader: _Reader, spans: list[Span], per_document: bool) -> Tensor
 
 
 def _packed_part(
-    reader: _Reader, spans: list[Span], place: Part, is_real, global_mask, choice
+    reader: Reader, spans: list[Span], place: Part, is_real, global_mask, choice
 ) -> FullPart | SparsePart:
     """The part of documents that are alike."""
     config, num_extra, tokens = reader.config, reader.config.num_extra_global_tokens, reader.tokens

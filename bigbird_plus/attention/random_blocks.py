@@ -2,9 +2,13 @@
 
 The draws, and their order, are those of the published implementations, so that training sees the blocks it would see
 there. Nothing here touches NumPy's global generator.
+
+A model can have random blocks of its own instead, written down in its configuration.
 """
 
+import reprlib
 import threading
+from functools import lru_cache
 
 import numpy as np
 
@@ -54,6 +58,56 @@ def draw_uniform_blocks(*, num_heads, num_random_blocks, layer_idx, eligible) ->
         for head in range(num_heads):
             _fill(plan[head, row], generator.permutation(candidates))
     return plan
+
+
+def write_random_blocks(reads: np.ndarray) -> str:
+    """What `read_random_blocks` reads, of a `bool` array `[heads, rows, rows]`: whether a row reads that block."""
+    rows = [[" ".join(map(str, np.flatnonzero(row))) for row in head] for head in reads]
+    return ";".join(",".join(head) for head in rows)
+
+
+@lru_cache(maxsize=16)
+def read_random_blocks(text: str, num_heads: int, num_random_blocks: int) -> np.ndarray:
+    """The random blocks that a configuration names: numbers between spaces, rows between commas, heads between
+    semicolons.
+
+    Returns:
+        `int64` array `[num_heads, rows, num_random_blocks]`, filled up with `NO_BLOCK`.
+
+    Raises:
+        ValueError: if there are others than `num_heads` heads of equally many rows, or in a row more than
+            `num_random_blocks` blocks, one twice, or one that is no row.
+    """
+    try:
+        heads = [[[int(block) for block in row.split()] for row in head.split(",")] for head in text.split(";")]
+    except ValueError:
+        heads = []
+    rows = [row for head in heads for row in head]
+    num_rows = len(rows) // num_heads
+    is_plan = len(heads) == num_heads and all(len(head) == num_rows for head in heads)
+    if not is_plan or not all(_is_row(row, num_random_blocks, num_rows) for row in rows):
+        raise ValueError(
+            f"random_blocks must name up to num_random_blocks ({num_random_blocks}) different blocks in each row (as "
+            f"'3 7'), with a row for each block (as '3 7,0,') and {num_heads} heads of them (between ';'; one for all "
+            f"unless different_layout_per_head), but is {reprlib.repr(text)}."
+        )
+    plan = np.full((num_heads, num_rows, num_random_blocks), NO_BLOCK, dtype=np.int64)
+    for slots, row in zip(plan.reshape(len(rows), num_random_blocks), rows, strict=True):
+        _fill(slots, row)
+    return plan
+
+
+def _is_row(row: list[int], num_random_blocks: int, num_rows: int) -> bool:
+    return len(set(row)) == len(row) <= num_random_blocks and all(0 <= block < num_rows for block in row)
+
+
+def repeat_random_blocks(plan: np.ndarray, num_blocks: int) -> np.ndarray:
+    """The plan `[heads or 1, rows, random]` for `num_blocks` blocks: its beginning, or the plan and behind it the same
+    again, which reads as many blocks further on."""
+    rows = np.arange(num_blocks)
+    moved = plan[:, rows % plan.shape[1]]
+    moved = np.where(moved == NO_BLOCK, num_blocks, moved + (rows - rows % plan.shape[1])[:, None])
+    return np.where(moved < num_blocks, moved, NO_BLOCK)
 
 
 class CausalPlan:

@@ -1,39 +1,35 @@
-"""The plan of a call whose documents several processes share."""
+"""The plan of a call whose documents several processes share: a batch as it came, of which each process computes some
+columns, or documents that are read as they are alone, see `shared_documents`."""
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import masks
 from .common import count_blocks, cut, is_tracing, pad_to_blocks
-from .context_parallel import Reading, Shards, attend
+from .context_parallel import Shards
 from .global_tokens import GlobalTokens, find_global_tokens
-from .parts import DecoderPart, FullPart, SparsePart, Tokens
-from .pattern import BlockPattern, Sparsity
-from .plan import Plan, make_plan
+from .parts import DecoderPart, FullPart, SharedPart, SparsePart, Tokens
+from .plan import Plan, Reader, find_documents, make_plan
 from .processes import Processes
+from .shared_documents import share_documents
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedPlan(Plan):
-    """What layers get are the tokens of this process, filled up to whole blocks, and behind them the extra ones: those
-    of all processes are alike as they enter, and those of the last one count.
+    """What layers get are the tokens of this process, of one run of columns, filled up to whole blocks.
 
-    reading: who holds what, and who reads whom, but for the pattern of a layer.
-    sparsity: what patterns are made of; None if documents are read in full.
-    is_causal: whether it is a decoder's.
+    processes, shards: who holds what.
     """
 
-    reading: Reading
-    sparsity: Sparsity | None
-    is_causal: bool
+    processes: Processes
+    shards: Shards
 
     @property
     def own(self) -> slice:
         """The tokens of this process."""
-        blocks = self.reading.shards.own
+        blocks = self.shards.own
         first, last = (min(block * self.block_size, self.length) for block in (blocks.start, blocks.stop))
         return slice(first, last)
 
@@ -47,72 +43,47 @@ class SharedPlan(Plan):
         states = cut(states, self.own.stop - self.own.start, 1)
         return states if self.computed is None else states.masked_fill(~self.computed[:, self.own, None], 0)
 
-    def first_states(self, states: Tensor) -> Tensor:
-        return self.reading.processes.share_first(states.transpose(0, 1)).transpose(0, 1)
-
-    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False):
-        if output_attentions:
-            raise ValueError("output_attentions=True is not for context_parallel: no process has all probabilities.")
-        if self.sparsity is None and module.dropout_prob:
-            raise ValueError(
-                f"attention_probs_dropout_prob ({module.dropout_prob}) has an effect where attention is full, as it "
-                "is for inputs so short, but not within context_parallel: set it to 0 for training."
-            )
-        reading = self.reading._replace(pattern=self._pattern(module))
-        return attend(query, key, value, reading, scaling=module.scaling), None
-
-    def _pattern(self, module) -> BlockPattern:
-        num_blocks = self.reading.shards.bounds[-1]
-        if self.sparsity is None:
-            pattern = self.reading.pattern
-        elif self.is_causal:
-            pattern = self.sparsity.causal_pattern(num_blocks, layer_idx=module.layer_idx)
-        else:
-            pattern = self.sparsity.pattern(num_blocks, layer_idx=module.layer_idx, training=module.training)
-        return pattern.for_heads(module.heads)
+    def first_states(self, states, attention_mask, config, position_ids):
+        return self.processes.share_first(states.transpose(0, 1))[0]
 
     @property
     def can_stream(self) -> bool:
         return False
 
 
-@lru_cache(maxsize=256)
-def _full_pattern(num_blocks: int, block_size: int, is_causal: bool) -> BlockPattern:
-    """All blocks read everything."""
-    pattern = BlockPattern(num_blocks=num_blocks, block_size=block_size, window=1, num_leading=num_blocks)
-    return replace(pattern, num_full=num_blocks, is_causal=True) if is_causal else pattern
-
-
-def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes, *, keeps: str) -> SharedPlan:
+def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes, *, keeps: str) -> Plan:
     """The plan of a call that processes share, see `make_plan`.
 
     Raises:
         ValueError: for what they cannot share.
     """
-    _refuse(config, tokens)
+    _refuse(tokens)
+    reader = Reader.of(config, attention_type, tokens)
+    spans = find_documents(reader, keeps)
+    if spans:
+        return share_documents(reader, spans, processes)
     plan = make_plan(config, attention_type, tokens, keeps=keeps, packs=False)
-    part, block_size = plan.parts[0], config.block_size
-    num_blocks = count_blocks(tokens.length, block_size)
+    part = plan.parts[0]
     if isinstance(part, DecoderPart) and part.piece.offset is not None:
         raise ValueError(
             "attention_mask begins with zeros, from behind which a decoder counts its blocks, and context_parallel "
             "cannot share them out then. Pad on the right."
         )
-    key_mask, global_tokens = _masks(part, plan, tokens, num_blocks * block_size)
-    reading = Reading(
+    num_blocks = count_blocks(tokens.length, config.block_size)
+    shards = Shards.even(num_blocks, processes)
+    key_mask, global_tokens = _masks(part, plan, tokens, num_blocks * config.block_size)
+    shared = SharedPart(
         processes=processes,
-        shards=Shards.even(num_blocks, processes),
-        pattern=_full_pattern(num_blocks, block_size, config.is_decoder),
+        shards=shards,
+        block_size=config.block_size,
+        sparsity=None if isinstance(part, FullPart) else reader.sparsity,
+        is_causal=config.is_decoder,
         engine=None if plan.choice is None else plan.choice.engine,
         key_mask=key_mask,
         global_tokens=global_tokens,
     )
-    return SharedPlan(
-        **{**vars(plan), "block_size": block_size},
-        reading=reading,
-        sparsity=None if isinstance(part, FullPart) else part.sparsity,
-        is_causal=config.is_decoder,
-    )
+    fields = {**vars(plan), "parts": (shared,), "block_size": config.block_size}
+    return SharedPlan(**fields, processes=processes, shards=shards)
 
 
 def _masks(part, plan: Plan, tokens: Tokens, length: int) -> tuple[Tensor | None, GlobalTokens | None]:
@@ -131,23 +102,13 @@ def _masks(part, plan: Plan, tokens: Tokens, length: int) -> tuple[Tensor | None
     return mask, find_global_tokens(None, plan.num_extra, tokens.batch, length, tokens.device)
 
 
-def _refuse(config, tokens: Tokens) -> None:
+def _refuse(tokens: Tokens) -> None:
     if is_tracing():
         raise ValueError("context_parallel cannot be part of a graph: leave out torch.compile and torch.export.")
     if tokens.has_cache:
         raise ValueError("past_key_values and use_cache are not for context_parallel, which shares whole documents.")
-    if tokens.has_documents:
-        raise ValueError(
-            "position_ids (or cu_seq_lens_q, seq_idx) tell of several documents in a row, which context_parallel does "
-            "not share out. Give each document a row of its own, or whole documents to each process."
-        )
     mask = tokens.attention_mask
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             f"attention_mask must have the shape [batch, length] within context_parallel, but has {list(mask.shape)}."
-        )
-    if config.pattern_per_document and mask is not None and not mask.all():
-        raise ValueError(
-            "pattern_per_document (True) and an attention_mask with zeros cannot be shared within context_parallel. "
-            "Pass a batch of one document without padding."
         )

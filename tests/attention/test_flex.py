@@ -12,7 +12,7 @@ from bigbird_plus.attention import full
 from bigbird_plus.attention.impl import flex, reference
 from bigbird_plus.attention.masks import FullMask
 
-from ..peers import random_ids, scale_weights, tiny_settings
+from ..peers import own_random_blocks, random_ids, scale_weights, tiny_settings
 
 pytestmark = pytest.mark.torch_only
 
@@ -20,6 +20,7 @@ REPEATING = Sparsity(num_attention_heads=2, block_size=32, num_random_blocks=1)
 WIDE = Sparsity(
     num_attention_heads=2, block_size=32, num_random_blocks=1, num_sliding_window_blocks=5, num_global_blocks=3
 )
+OWN = Sparsity(2, 32, num_random_blocks=3, global_block_indices=(0, 1), random_blocks=own_random_blocks(2, 7, 3))
 
 
 def random_tensors(batch, length, dim=8, dtype=torch.float32):
@@ -101,8 +102,11 @@ def test_what_is_read_again_makes_up_the_counts(pattern):
     torch.testing.assert_close(log_counts.exp(), torch.from_numpy(pattern.counts).float().expand(2, -1, -1))
 
 
-def test_nothing_is_looked_up_where_nothing_is_read_again():
-    assert flex._make_plan(WIDE.pattern(14), 2, torch.device("cpu")).again is None
+@pytest.mark.parametrize("pattern", [WIDE.pattern(14), OWN.pattern(3), OWN.pattern(14)], ids=["wide", "short", "own"])
+def test_nothing_is_looked_up_where_nothing_is_read_again(pattern):
+    reads, again = flex._make_plan(pattern, 2, torch.device("cpu"))
+    assert again is None
+    np.testing.assert_array_equal(reads[0], pattern.counts > 0)
 
 
 def test_blocks_that_are_global_by_index_are_read():

@@ -1,5 +1,6 @@
 """The linear engines that run everywhere against the definition: outputs and gradients."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,8 @@ from bigbird_plus import Sparsity
 from bigbird_plus.attention import common
 from bigbird_plus.attention.global_tokens import find_global_tokens
 from bigbird_plus.attention.impl import flash_cpu, gather, reference
+
+from ..peers import own_random_blocks
 
 pytestmark = pytest.mark.torch_only
 
@@ -28,9 +31,13 @@ def case(window=3, num_global=2, r=3, *, block=4, extra_blocks=1, heads=2, batch
         global_block_indices=others.get("indices"),
         different_layout_per_head=others.get("different_layouts", True),
     )
+    if others.get("own_rows"):
+        blocks = own_random_blocks(sparsity.num_layouts, others["own_rows"], r)
+        sparsity = replace(sparsity, random_blocks=blocks)
     num_blocks = sparsity.full_attention_length // block + extra_blocks
+    pattern = sparsity.pattern(num_blocks, layer_idx=1, training=others.get("training", False))
     return {
-        "pattern": sparsity.pattern(num_blocks, layer_idx=1, training=others.get("training", False)),
+        "pattern": sparsity.causal_pattern(num_blocks, layer_idx=1) if others.get("causal") else pattern,
         "shape": (batch, heads, num_blocks * block + others.get("extra", 0), head_dim),
         "padding": others.get("padding", "none"),
         "extra": others.get("extra", 0),
@@ -49,6 +56,7 @@ def cases(draw):
         num_global=draw(st.integers(0, 4)) if indices is None else 2,
         indices=indices,
         different_layouts=draw(st.booleans()),
+        own_rows=draw(st.sampled_from([0, 0, 5, 11])),
         extra=draw(st.sampled_from([0, 0, 1, 5])),
         chosen=draw(st.sampled_from([0, 0, 0.05, 0.5])),
         r=draw(st.integers(0, 3)),
@@ -130,6 +138,8 @@ def check_against_definition(case, dtype, *, engine):
 @example(case=case(r=1, chosen=0.2, extra=3, padding="left", training=True, batch=3, at_once=1), dtype=torch.float64)
 @example(case=case(extra_blocks=9, padding="right", training=True, batch=3, at_once=20_000), dtype=torch.float64)
 @example(case=case(r=2, indices=[], extra=1, different_layouts=False, training=True), dtype=torch.float32)
+@example(case=case(r=2, indices=[0, 1], own_rows=9, extra_blocks=1, padding="right"), dtype=torch.float32)
+@example(case=case(r=2, indices=[0, 1], own_rows=9, extra_blocks=9, batch=3), dtype=torch.float64)
 @settings(max_examples=100)
 def test_agrees_with_the_definition(case, dtype, engine):
     check_against_definition(case, dtype, engine=engine)

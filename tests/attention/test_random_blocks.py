@@ -10,7 +10,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
 
-from bigbird_plus.attention.random_blocks import NO_BLOCK, draw_random_blocks, draw_uniform_blocks
+from bigbird_plus import Sparsity
+from bigbird_plus.attention.random_blocks import (
+    NO_BLOCK,
+    draw_random_blocks,
+    draw_uniform_blocks,
+    read_random_blocks,
+    write_random_blocks,
+)
 
 PAPER_LENGTHS = [1024, 3072, 4096]
 
@@ -158,3 +165,51 @@ def test_threads_draw_the_same():
         thread.join()
     assert len(drawn) == 16
     assert all((plan == expected).all() for plan in drawn)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Those of a configuration
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def test_written_and_read_again():
+    reads = np.random.RandomState(0).rand(2, 9, 9) < 0.2
+    text = write_random_blocks(reads)
+    plan = read_random_blocks(text, 2, 9)
+    assert plan.shape == (2, 9, 9)
+    for head, row in np.ndindex(2, 9):
+        assert [block for block in plan[head, row] if block != NO_BLOCK] == np.flatnonzero(reads[head, row]).tolist()
+
+
+def test_longer_inputs_repeat_them_and_shorter_ones_cut_them():
+    sparsity = Sparsity(2, global_block_indices=[0, 7], num_random_blocks=2, random_blocks=",,0,1 3;,3,,")
+    blocks = sparsity.pattern(10).random_blocks
+    drawn = [[block for block in row if block != NO_BLOCK] for row in blocks[0].tolist()]
+    assert drawn == [[], [], [], [1], [], [], [4], [5], [], []]  # 0 and 7 are global, 3 is in the window
+    assert blocks[1, :, 0].tolist() == [-1, 3, -1, -1, -1, -1, -1, -1, -1, -1]  # there is no block 11
+    assert sparsity.pattern(3).random_blocks.max() == NO_BLOCK
+    assert sparsity.pattern(10).counts.max() == 1
+
+
+def test_what_they_read_in_full_in_any_case():
+    blocks = {"num_random_blocks": 1, "random_blocks": ",,,,", "different_layout_per_head": False}
+    assert Sparsity(2, num_sliding_window_blocks=5, **blocks).full_attention_length == 3 * 64
+    assert Sparsity(2, num_global_blocks=4, **blocks).full_attention_length == 4 * 64
+    assert Sparsity(2, global_block_indices=[1, 3, 5], **blocks).full_attention_length == 2 * 64
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [{}, {"global_block_indices": [0, 1]}])
+def test_all_layers_read_them_in_training_and_in_evaluation(shape, training):
+    sparsity = Sparsity(1, num_random_blocks=1, random_blocks=",,,,,2,,", **shape)
+    pattern = sparsity.pattern(8, training=training)
+    assert sparsity.pattern(8, layer_idx=3, training=training) is pattern
+    assert (pattern.first_block_extra, pattern.counts[0, 5, 2]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "blocks", ["", "0", "0,1;1,0,", "0,1;1 0,0", "0,2;,", "0,-1;,", "0,a;,", "0 1.5;0", ";;", ["0,1", "1,0"], 3]
+)
+def test_what_names_no_blocks(blocks):
+    with pytest.raises(ValueError, match="random_blocks must"):
+        Sparsity(2, num_random_blocks=1, random_blocks=blocks)

@@ -10,7 +10,7 @@ from bigbird_plus.attention import engines, ops
 from bigbird_plus.attention.engines import Call, choose_engine
 from bigbird_plus.attention.impl import reference
 
-from ..peers import make_model, random_ids
+from ..peers import make_model, own_random_blocks, random_ids
 
 triton = pytest.importorskip("bigbird_plus.attention.impl.triton")
 
@@ -25,6 +25,7 @@ WIDE = Sparsity(
     num_attention_heads=2, block_size=16, num_random_blocks=1, num_sliding_window_blocks=5, num_global_blocks=3
 )
 CHOSEN = Sparsity(num_attention_heads=2, block_size=16, num_random_blocks=1, global_block_indices=(0, 4, -3))
+OWN = Sparsity(2, 16, num_random_blocks=2, global_block_indices=(0, 1), random_blocks=own_random_blocks(2, 7, 2))
 
 
 @pytest.fixture
@@ -84,7 +85,11 @@ def check_pattern(pattern, block_size=16, dim=16, *, batch=1, mask=None, dtype=t
     check(random_tensors(batch, pattern.num_blocks * block_size, dim, dtype), kernels, definition)
 
 
-@pytest.mark.parametrize("pattern", [SMALL.pattern(8), WIDE.pattern(11), CHOSEN.pattern(9)], ids=["1", "2", "3"])
+@pytest.mark.parametrize(
+    "pattern",
+    [SMALL.pattern(8), WIDE.pattern(11), CHOSEN.pattern(9), OWN.pattern(3), OWN.pattern(9)],
+    ids=["small", "wide", "chosen", "own, short", "own"],
+)
 def test_evaluation(pattern):
     check_pattern(pattern)
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbird_plus
-from tests.peers import TASK_MODELS, make_model, random_ids, random_inputs
+from tests.peers import TASK_MODELS, make_model, own_random_blocks, random_ids, random_inputs
 
 # In version 4.56 of transformers, split layers with a bias fail where gradients are wanted.
 TRAINS_TENSOR_PARALLELISM = find_spec("transformers.distributed.tensor_parallel") is not None
@@ -198,10 +198,25 @@ def make(name="BigBirdModel", *, training=False, dtype=torch.float64, checkpoint
     return model
 
 
-def plain(length=LENGTH, batch=2, **masks):
+def plain(length=LENGTH, batch=2, documents=None, **masks):
     """Inputs of `BigBirdModel`."""
+    if documents is not None:
+        batch, length = len(documents), sum(documents[0])
+        masks["position_ids"] = lambda *shape: torch.stack([positions_of(row) for row in documents])
     made = {("attention_mask" if key == "mask" else key): mask(batch, length) for key, mask in masks.items()}
     return {"input_ids": random_ids(batch, length), **made}
+
+
+def positions_of(lengths):
+    """Those of a row of documents."""
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def labelled_documents(name):
+    """A row of documents, labelled for a model."""
+    inputs = random_inputs(name, 1, sum(ROW), padded=False) | {"position_ids": positions_of(ROW)[None]}
+    of_documents = "labels" if name == "BigBirdForSequenceClassification" else "next_sentence_label"
+    return {key: torch.arange(len(ROW)) % 2 if key == of_documents else value for key, value in inputs.items()}
 
 
 def labelled(name, mask=None):
@@ -234,6 +249,8 @@ ENCODERS = {
     "four global blocks": ({"num_global_blocks": 4, "num_random_blocks": 1}, {}),
     "no global blocks": ({"num_global_blocks": 0, "num_random_blocks": 1}, {}),
     "global indices": ({"global_block_indices": [0, 5, -3], "num_random_blocks": 1}, {}),
+    "own random blocks": ({"num_random_blocks": 2, "random_blocks": own_random_blocks(4, 20, 2)}, {}),
+    "token dropout": ({"token_dropout": True, "mask_token_id": 4}, {"mask": right_padding}),
 }
 DECODERS = {
     "decoder": ({"is_decoder": True}, {}),
@@ -241,8 +258,36 @@ DECODERS = {
     "decoder, short": ({"is_decoder": True}, {"length": 61}),
     "decoder without random blocks": ({"is_decoder": True, "num_random_blocks": 0}, {}),
 }
-MODELS = {**ENCODERS, **DECODERS}
-SHARED_BY_FOUR = ("training", "right padding", "very short", "extra and chosen tokens", "decoder, padded")
+# Two processes share the third document, four the first one, too. Documents of up to 88 tokens are left whole.
+ROW = [130, 7, 96, 41, 1]
+DOCUMENTS = {
+    "documents in training": ({"training": True, "checkpointing": True}, {"documents": [ROW]}),
+    "documents in two rows": ({"position_embedding_type": "rotary"}, {"documents": [[100, 175], ROW]}),
+    "documents, extra and chosen tokens": (
+        {"num_extra_global_tokens": 3},
+        {"documents": [ROW], "global_attention_mask": chosen_tokens},
+    ),
+    "documents, full": ({"attention_type": "original_full"}, {"documents": [ROW]}),
+    "documents of a decoder": ({"is_decoder": True, "training": True}, {"documents": [ROW]}),
+    "documents of a full decoder": ({"is_decoder": True, "attention_type": "original_full"}, {"documents": [ROW]}),
+    "fewer documents than processes": ({"num_extra_global_tokens": 3}, {"documents": [[5, 3]]}),
+    "patterns per document": ({"pattern_per_document": True, "training": True}, {"mask": right_padding}),
+    "patterns per document, padded left": ({"pattern_per_document": True}, {"mask": left_padding}),
+}
+MODELS = {**ENCODERS, **DECODERS, **DOCUMENTS}
+SHARED_BY_FOUR = (
+    "training",
+    "right padding",
+    "very short",
+    "extra and chosen tokens",
+    "decoder, padded",
+    "documents in training",
+    "documents, extra and chosen tokens",
+    "fewer documents than processes",
+    "patterns per document",
+)
+
+DOCUMENT_MODELS = ("BigBirdForPreTraining", "BigBirdForCausalLM", "BigBirdForSequenceClassification")
 
 
 def findings(group, folder):
@@ -259,6 +304,9 @@ def findings(group, folder):
         how = {"is_decoder": name == "BigBirdForCausalLM", "training": True}
         inputs = labelled(name, None if name == "BigBirdForMultipleChoice" else right_padding)
         yield name, compare(make(name, **how), inputs, group)
+    for name in DOCUMENT_MODELS:
+        how = {"is_decoder": name == "BigBirdForCausalLM", "training": True}
+        yield f"{name}, documents", compare(make(name, **how), labelled_documents(name), group)
     sparse = make("BigBirdForMaskedLM", sparse_prediction=True)
     yield "sparse prediction", compare(sparse, labelled("BigBirdForMaskedLM"), group)
     yield "autocast", compare(make(training=True, dtype=torch.float32), plain(), group, autocast=True)

@@ -7,12 +7,14 @@ the merged `o` and `L` (as in ring attention, arXiv 2310.01889): the probabiliti
 the whole softmax. Masks hold the least finite number, never -inf: for a row of nothing but -inf that flash attention
 returns a log-sum-exp of 0, which cannot be merged.
 
-A long document can come in order, some blocks after others (`Stream`): nothing grows with its length then.
+A long document can come some blocks after others: in order, if windows are all that they read (`Stream`), and nothing
+grows with its length then; or all keys first (`KeysFirst`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -449,45 +451,81 @@ def _add_gradients(parts, scaling, grads, log_sum_exp, inputs) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A long document that comes in order
+# A long document, some blocks after others
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def is_streamable(pattern: BlockPattern) -> bool:
-    """Whether the rows between the outer blocks read nothing but their windows and the outer blocks."""
-    return pattern.random_blocks is None and not pattern.middle_blocks and not pattern.is_causal
+    """Whether rows that do not read everything read nothing but their windows and the outer blocks."""
+    return pattern.random_blocks is None and not pattern.middle_blocks
 
 
-class Stream:
-    """Attention of one document in inference, of which first the outer blocks come, then the others in order.
-
-    Those are to `read`, and then the rows whose windows were read can `attend`. When all have been read,
-    `outer_context` gives the context of the outer blocks: what they get from each piece is merged. Of the others only
-    keys and values that windows still reach are kept.
+class _Document:
+    """Attention of one document in inference, to which queries come some rows after others.
 
     Args:
-        pattern: which block reads which; one that `is_streamable`.
-        query, key, value: of the outer blocks, `[1, heads, tokens, head_dim]`.
+        pattern: which block reads which.
         key_mask: `bool`, `[1, length]`, False for padding; None where there is none.
         scaling: what the scores are multiplied by.
     """
 
-    def __init__(self, pattern: BlockPattern, query, key, value, key_mask, *, scaling: float):
-        self.pattern, self.scaling, self.key_mask = pattern, scaling, key_mask
-        self.bias = None if key_mask is None else additive_mask(key_mask, score_dtype(query))
-        self.dtype = query.dtype
-        query, key, value = (tensor.to(attention_dtype(tensor)) for tensor in (query, key, value))
-        self.query, self.ends = query, [tensor.transpose(1, 2) for tensor in (key, value)]
-        self.start = self.end = pattern.first_row  # of the blocks that are kept
-        self.kept = [tensor[:, :0] for tensor in self.ends]
-        self.outer_result = None
-        if pattern.outer_blocks:
-            outer_bias = None if self.bias is None else self._of_outer_blocks(self.bias)
-            self.outer_result = self._of_outer_rows(key, value, outer_bias)
+    def __init__(self, pattern: BlockPattern, key_mask: Tensor | None, *, scaling: float):
+        self.pattern, self.key_mask, self.scaling = pattern, key_mask, scaling
 
     def tokens(self, blocks: range) -> slice:
         """Where the tokens of some blocks are."""
         return slice(blocks.start * self.pattern.block_size, blocks.stop * self.pattern.block_size)
+
+    def _bias(self, states: Tensor) -> Tensor | None:
+        """What is added to the scores of each key, `[1, length]`."""
+        return None if self.key_mask is None else additive_mask(self.key_mask, score_dtype(states))
+
+    def _context(self, groups: Iterable[Group], origin: int, query, key, value, bias) -> Tensor:
+        """Of groups of rows, in the shape of their queries, `[1, tokens, heads, head_dim]`, which begin with the row
+        `origin`."""
+        context = torch.empty_like(query)
+        for parts in groups:
+            for part in parts:
+                part.origin = origin
+            _attend(parts, self.scaling, context, None, query, key, value, bias)
+        return context
+
+
+def _finished(context: Tensor, is_real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[1, heads, tokens, head_dim]` of `[1, tokens, heads, head_dim]`; with zeros for padding."""
+    if is_real is not None:
+        context = context * is_real[..., None, None]
+    return context.transpose(1, 2).to(dtype)
+
+
+class Stream(_Document):
+    """Attention of one document, of which first the full rows come, then the others in order. Nothing grows with its
+    length.
+
+    Those are to `read`, and then the rows whose windows were read can `attend`. When all have been read,
+    `full_context` gives the context of the full rows: what an encoder's get from each piece is merged. Of the others
+    only keys and values that windows still reach are kept.
+
+    Args:
+        pattern: which block reads which; one that `is_streamable`.
+        query, key, value: of the full rows, `[1, heads, tokens, head_dim]`.
+        key_mask, scaling: see `_Document`.
+    """
+
+    def __init__(self, pattern: BlockPattern, query, key, value, key_mask, *, scaling: float):
+        super().__init__(pattern, key_mask, scaling=scaling)
+        self.bias, self.dtype = self._bias(query), query.dtype
+        self.query, key, value = (tensor.to(attention_dtype(tensor)) for tensor in (query, key, value))
+        self.full_result = None
+        if pattern.full_rows:
+            bias = None if self.bias is None else self._of_full_rows(self.bias)
+            self.full_result = self._of_keys(key, value, bias, is_causal=pattern.is_causal)
+        full = [tensor.transpose(1, 2) for tensor in (key, value)]
+        self.start = self.end = pattern.first_row  # of the blocks that are kept
+        if pattern.is_causal:  # windows reach into the full rows
+            self.start = max(0, self.end - pattern.before)
+        self.kept = [tensor[:, self.tokens(range(self.start, self.end))] for tensor in full]
+        self.ends = [tensor[:, self.tokens(range(len(pattern.outer_blocks)))] for tensor in full]
 
     def blocks_before(self, rows: range) -> range:
         """The blocks to `read` before `rows` can `attend`."""
@@ -497,9 +535,9 @@ class Stream:
         """Takes keys and values of the next blocks, `[1, heads, tokens, head_dim]`."""
         key, value = key.to(self.query.dtype), value.to(self.query.dtype)
         end = self.end + key.shape[2] // self.pattern.block_size
-        if self.outer_result is not None:
+        if self.full_result is not None and not self.pattern.is_causal:
             bias = None if self.bias is None else self.bias[:, self.tokens(range(self.end, end))]
-            merge(*self.outer_result, *self._of_outer_rows(key, value, bias))
+            merge(*self.full_result, *self._of_keys(key, value, bias))
         new = (tensor.transpose(1, 2) for tensor in (key, value))
         self.kept = [torch.cat(pair, dim=1) for pair in zip(self.kept, new, strict=True)]
         self.end = end
@@ -508,45 +546,45 @@ class Stream:
         """The context of some rows, of their queries: both `[1, heads, tokens, head_dim]`. Rows before them are done
         with."""
         pattern, query = self.pattern, query.to(self.query.dtype).transpose(1, 2)
-        near = replace(pattern, num_blocks=self.end - self.start + len(pattern.outer_blocks))
+        near = replace(pattern, num_blocks=self.end - self.start + len(pattern.outer_blocks), num_full=0)
         shift = pattern.num_leading - self.start
         key, value = (self._between_ends(*pair) for pair in zip(self.ends, self.kept, strict=True))
         bias = None
         if self.bias is not None:
-            bias = self._between_ends(self._of_outer_blocks(self.bias), self.bias[:, self.tokens(self._kept_blocks())])
-        context = torch.empty_like(query)
+            outer_bias = self._outside_of(range(pattern.num_leading, pattern.last_row), self.bias)
+            bias = self._between_ends(outer_bias, self.bias[:, self.tokens(range(self.start, self.end))])
         own_rows = range(rows.start + shift, rows.stop + shift)
-        for parts in _sparse_groups(near, query, own_rows, len(rows)):
-            for part in parts:
-                part.origin = own_rows.start
-            _attend(parts, self.scaling, context, None, query, key, value, bias)
+        groups = _sparse_groups(near, query, own_rows, len(rows))
+        context = self._context(groups, own_rows.start, query, key, value, bias)
         self._forget(before=max(rows.stop - pattern.before, self.start))
-        return self._finished(context, None if self.key_mask is None else self.key_mask[:, self.tokens(rows)])
+        return _finished(context, None if self.key_mask is None else self.key_mask[:, self.tokens(rows)], self.dtype)
 
-    def outer_context(self) -> Tensor:
-        """The context of the outer blocks, `[1, heads, tokens, head_dim]`."""
-        if self.outer_result is None:
+    def full_context(self) -> Tensor:
+        """The context of the full rows, `[1, heads, tokens, head_dim]`."""
+        if self.full_result is None:
             return self.query.to(self.dtype)
-        is_real = None if self.key_mask is None else self._of_outer_blocks(self.key_mask)
-        return self._finished(self.outer_result[0], is_real)
+        is_real = None if self.key_mask is None else self._of_full_rows(self.key_mask)
+        return _finished(self.full_result[0], is_real, self.dtype)
 
-    def _of_outer_rows(self, key, value, bias) -> tuple[Tensor, Tensor]:
-        """What the outer rows get from some keys, `[1, tokens, heads, head_dim]`, with log-sum-exps."""
+    def _of_keys(self, key, value, bias, is_causal=False) -> tuple[Tensor, Tensor]:
+        """What the full rows get from some keys, `[1, tokens, heads, head_dim]`, with log-sum-exps."""
         bias = None if bias is None else bias[:, None, None]
-        context, log_sum_exp = flash_attention(self.query, key, value, attn_mask=bias, scale=self.scaling)
+        kwargs = {"is_causal": is_causal, "attn_mask": bias, "scale": self.scaling}
+        context, log_sum_exp = flash_attention(self.query, key, value, **kwargs)
         return context.transpose(1, 2), log_sum_exp.transpose(1, 2).unsqueeze(-1)
-
-    def _kept_blocks(self) -> range:
-        return range(self.start, self.end)
 
     def _between_ends(self, ends: Tensor, kept: Tensor) -> Tensor:
         """`[1, tokens, ...]`: what is kept, between the outer blocks."""
         first = self.pattern.num_leading * self.pattern.block_size
         return torch.cat((ends[:, :first], kept, ends[:, first:]), dim=1)
 
-    def _of_outer_blocks(self, tensor: Tensor) -> Tensor:
-        """Of `[1, length]` the places of the outer blocks."""
-        inner = self.tokens(range(self.pattern.first_row, self.pattern.last_row))
+    def _of_full_rows(self, tensor: Tensor) -> Tensor:
+        """Of `[1, length]` the places of the full rows."""
+        return self._outside_of(range(self.pattern.first_row, self.pattern.last_row), tensor)
+
+    def _outside_of(self, blocks: range, tensor: Tensor) -> Tensor:
+        """`[1, length]` without the places of some blocks."""
+        inner = self.tokens(blocks)
         return torch.cat((tensor[:, : inner.start], tensor[:, inner.stop :]), dim=1)
 
     def _forget(self, before: int) -> None:
@@ -554,8 +592,44 @@ class Stream:
         gone = (before - self.start) * self.pattern.block_size
         self.kept, self.start = [tensor[:, gone:] for tensor in self.kept], before
 
-    def _finished(self, context: Tensor, is_real: Tensor | None) -> Tensor:
-        """From `[1, tokens, heads, head_dim]`; with zeros for padding."""
-        if is_real is not None:
-            context = context * is_real[..., None, None]
-        return context.transpose(1, 2).to(self.dtype)
+
+class KeysFirst(_Document):
+    """Attention of one document, of which all keys and values come first. Then rows can `attend`, whatever they read.
+    Nothing but those keys and values grows with its length."""
+
+    def read(self, first: int, key: Tensor, value: Tensor) -> None:
+        """Takes keys and values, `[1, heads, tokens, head_dim]`, of the tokens from the place `first` on."""
+        new = [tensor.transpose(1, 2) for tensor in (key, value)]
+        if not first:
+            length, dtype = self.tokens(range(self.pattern.num_blocks)).stop, attention_dtype(key)
+            self.keys = [tensor.new_zeros(1, length, *tensor.shape[2:], dtype=dtype) for tensor in new]
+            self.bias = self._bias(key)
+        for tensor, piece in zip(self.keys, new, strict=True):
+            tensor[:, first : first + piece.shape[1]] = piece
+
+    def runs(self, size: int) -> list[range]:
+        """All rows, so many together. Full rows are apart."""
+        pattern = self.pattern
+        full = [range(pattern.first_row), *(range(block, block + 1) for block in sorted(pattern.middle_blocks))]
+        full.append(range(pattern.last_row, pattern.num_blocks))
+        others = [chunks(before.stop, after.start, size) for before, after in pairwise(full)]
+        return [rows for rows in (*full, *chain.from_iterable(others)) if rows]
+
+    def attend(self, rows: range, query: Tensor) -> Tensor:
+        """The context of one of the `runs`, of its queries: both `[1, heads, tokens, head_dim]`."""
+        dtype, (key, value) = query.dtype, self.keys
+        query = query.to(key.dtype).transpose(1, 2)
+        context = self._context(self._groups(rows, query), rows.start, query, key, value, self.bias)
+        return _finished(context, None if self.key_mask is None else self.key_mask[:, self.tokens(rows)], dtype)
+
+    def _groups(self, rows: range, query: Tensor) -> Iterator[Group]:
+        pattern = self.pattern
+        if rows.start in pattern.full_rows:
+            own = slice(rows.start, rows.stop)
+            yield [_DensePart(pattern, own, own if pattern.is_causal else None, is_causal=pattern.is_causal)]
+            return
+        tokens = with_middle_blocks(None, pattern, 1, query.device)
+        for parts in _sparse_groups(pattern, query, rows, len(rows)):
+            if tokens is not None:
+                parts.append(_UnreadTokensPart(pattern, parts[0].rows, tokens, score_dtype(query)))
+            yield parts
