@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import torch
@@ -286,13 +286,23 @@ def peak_in_child(name: str, length: int, settings: Settings) -> tuple[bool, int
 
     It runs in a process of its own.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=_fresh_processes()) as pool:
         try:
             return True, pool.submit(_peak_of_step, name, length, settings).result()
         except (RuntimeError, MemoryError) as error:
             if not _is_want_of_memory(error):
                 raise
             return False, None
+
+
+def _fresh_processes():
+    """A context for processes in which nothing has been computed. Where the system can, they come from one that has
+    imported the libraries, which else takes each of them seconds."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
+    return context
 
 
 def _is_want_of_memory(error: Exception) -> bool:
