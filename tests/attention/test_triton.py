@@ -235,7 +235,7 @@ def test_what_has_kernels():
 
 
 def make_small_model(**overrides):
-    settings = {"num_attention_heads": 2, "block_size": 16, "num_random_blocks": 1, "num_hidden_layers": 1}
+    settings = {"num_attention_heads": 1, "block_size": 16, "num_random_blocks": 1, "num_hidden_layers": 1}
     model = make_model(**{**settings, **overrides}).to(DEVICE)
     model.freeze_pooler()  # else it wants the state of the first place, even of padding, and nothing is packed
     return model
