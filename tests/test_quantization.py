@@ -124,7 +124,7 @@ def test_pegasus(head, tmp_path):
     with torch.no_grad():
         expected = model(**inputs).logits
         found = quantize(model)(**inputs).logits
-        assert len(layers(model.get_encoder())) == len(layers(model)) == 12
+        assert len(layers(model.model.encoder)) == len(layers(model)) == 12
         assert 0 < relative_error(found, expected) < 0.1
         model.save_pretrained(tmp_path)
         loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
