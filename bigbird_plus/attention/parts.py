@@ -244,7 +244,8 @@ class DecoderPart(Part):
         """Engines count blocks from the first place, so left padding is moved behind the tokens, and back. There no
         token reads it, nor what fills up the last block."""
         tensors = [query, *(tensor[:, :, : self.num_keys] for tensor in (key, value))]
-        block_size, moves = self.sparsity.block_size, self._moves
+        block_size = self.sparsity.block_size
+        moves = self._find_moves() if has_free_shapes() else self._moves  # torch.compile traces no kept property
         if moves is not None:
             tensors = [_move(tensor, moves.to_front) for tensor in tensors]
         tensors = [pad_to_blocks(tensor, block_size, 2) for tensor in tensors]
@@ -257,6 +258,10 @@ class DecoderPart(Part):
     @cached_property
     def _moves(self) -> "Moves | None":
         """The same for all layers."""
+        return self._find_moves()
+
+    def _find_moves(self) -> "Moves | None":
+        """How left padding is moved; None where there is none."""
         offset, key_mask, count = self.piece.offset, self.key_mask, self.num_keys
         if offset is None:
             return None
