@@ -297,11 +297,11 @@ def peak_in_child(name: str, length: int, settings: Settings) -> tuple[bool, int
 
 def _fresh_processes():
     """A context for processes in which nothing has been computed. Where the system can, they come from one that has
-    imported the libraries, which else takes each of them seconds."""
+    imported torch, which else takes each of them seconds."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
+    context.set_forkserver_preload(["torch"])  # importing transformers can print, which this package keeps quiet
     return context
 
 
