@@ -3,6 +3,7 @@ come, each token by itself. So what a token gets does not depend on the others o
 at once."""
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -94,20 +95,21 @@ class Int8Linear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self._plain_weight()
 
-    def _load_from_state_dict(self, *arguments, **named):
+    @contextmanager
+    def _unpacked(self):
         was_packed = self._packed is not None
         self.unpack()
-        super()._load_from_state_dict(*arguments, **named)
+        yield
         if was_packed:
             self.pack()
 
+    def _load_from_state_dict(self, *arguments, **named):
+        with self._unpacked():
+            super()._load_from_state_dict(*arguments, **named)
+
     def _apply(self, *arguments, **named):
-        was_packed = self._packed is not None
-        self.unpack()
-        super()._apply(*arguments, **named)
-        if was_packed:
-            self.pack()
-        return self
+        with self._unpacked():
+            return super()._apply(*arguments, **named)
 
     def __getstate__(self):
         return {**self.__dict__, "_packed": None, "_buffers": {**self._buffers, "weight": self._plain_weight()}}
