@@ -81,7 +81,7 @@ class _Run:
         pattern, block_size = self.pattern, self.pattern.block_size
         ends = slice(pattern.first_row * block_size), slice(pattern.last_row * block_size, None)
         full_states = self._states(*ends)
-        query, (key, value) = self._queries(*ends), self._keys_and_values(*ends)
+        query, key, value = self._project(self.attention.queries_keys_and_values, *ends)
         stream = Stream(pattern, query, key, value, self.key_mask, scaling=self.attention.scaling)
         for rows in chunks(pattern.first_row, pattern.last_row, self.size):
             blocks = stream.blocks_before(rows)
@@ -112,16 +112,17 @@ class _Run:
         runs = [self.states[:, run] for run in places]
         return torch.cat(runs, dim=1) if len(runs) > 1 else runs[0]
 
-    def _entering(self, places):
-        return self.layer.attention.LayerNorm(self._states(*places)), self.rotation and self.rotation.of(*places)
+    def _project(self, projection, *places: slice) -> list[Tensor]:
+        """What a projection of the attention makes of runs of tokens, filled up to whole blocks."""
+        states = self.layer.attention.LayerNorm(self._states(*places))
+        found = projection(states, self.rotation and self.rotation.of(*places))
+        return [pad_to_blocks(tensor, self.pattern.block_size, 2) for tensor in found]
 
-    def _queries(self, *places: slice) -> Tensor:
-        """Of runs of tokens, filled up to whole blocks."""
-        return pad_to_blocks(self.attention.queries(*self._entering(places)), self.pattern.block_size, 2)
+    def _queries(self, places: slice) -> Tensor:
+        return self._project(lambda *entering: (self.attention.queries(*entering),), places)[0]
 
-    def _keys_and_values(self, *places: slice) -> list[Tensor]:
-        both = self.attention.keys_and_values(*self._entering(places))
-        return [pad_to_blocks(tensor, self.pattern.block_size, 2) for tensor in both]
+    def _keys_and_values(self, places: slice) -> list[Tensor]:
+        return self._project(self.attention.keys_and_values, places)
 
     def _write(self, context: Tensor, places: slice) -> None:
         """What comes to some tokens, over their states."""
