@@ -350,7 +350,7 @@ def is_sparse(sparsity: Sparsity, attention_type: str, keys: int) -> bool:
     return attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
 
-def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real", packs: bool = True) -> Plan:
+def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
     """The plan of a call.
 
     Args:
@@ -359,16 +359,18 @@ def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real
         tokens: what the call brings.
         keeps: whose states are wanted: of `"real"` tokens; of those and of the `"first"` place of each row, which
             tells something of the row; or of `"all"` places. Decoders and eager attention compute all, in any case.
-        packs: whether the batch may be packed.
 
     Raises:
         ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
     """
     reader = Reader.of(config, attention_type, tokens)
-    tokens = reader.tokens
-    spans, per_document = _find_documents(reader, keeps) if packs else ([], False)
-    if spans:
-        return _packed_plan(reader, spans, per_document)
+    spans, per_document = _find_documents(reader, keeps)
+    return _packed_plan(reader, spans, per_document) if spans else padded_plan(reader, keeps)
+
+
+def padded_plan(reader: Reader, keeps: str) -> Plan:
+    """The plan of a batch as it came; arguments as those of `make_plan`."""
+    config, tokens = reader.config, reader.tokens
     check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
     shape["positions"] = tokens.cache_position[None] if tokens.position_ids is None else tokens.position_ids

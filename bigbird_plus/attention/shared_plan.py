@@ -11,7 +11,7 @@ from .common import count_blocks, cut, is_tracing, pad_to_blocks
 from .context_parallel import Shards
 from .global_tokens import GlobalTokens, find_global_tokens
 from .parts import DecoderPart, FullPart, SharedPart, SparsePart, Tokens
-from .plan import Plan, Reader, find_documents, make_plan
+from .plan import Plan, Reader, find_documents, padded_plan
 from .processes import Processes
 from .shared_documents import share_documents
 
@@ -52,7 +52,7 @@ class SharedPlan(Plan):
 
 
 def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes, *, keeps: str) -> Plan:
-    """The plan of a call that processes share, see `make_plan`.
+    """The plan of a call that processes share, see `plan.make_plan`.
 
     Raises:
         ValueError: for what they cannot share.
@@ -62,7 +62,7 @@ def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes
     spans = find_documents(reader, keeps)
     if spans:
         return share_documents(reader, spans, processes)
-    plan = make_plan(config, attention_type, tokens, keeps=keeps, packs=False)
+    plan, tokens = padded_plan(reader, keeps), reader.tokens
     part = plan.parts[0]
     if isinstance(part, DecoderPart) and part.piece.offset is not None:
         raise ValueError(
