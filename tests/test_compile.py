@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from bigbird_plus.attention import engines, masks
 
@@ -15,12 +17,9 @@ class CountingBackend:
 
     def __init__(self):
         self.graphs = 0
-        self.devices = set()
 
     def __call__(self, graph, inputs):
         self.graphs += 1
-        values = [node.meta.get("example_value") for node in graph.graph.nodes]
-        self.devices |= {value.device.type for value in values if isinstance(value, torch.Tensor)}
         return graph.forward
 
 
@@ -78,23 +77,48 @@ def test_nothing_is_asked_of_a_gpu_that_graphs_cannot_hold(monkeypatch):
     torch.testing.assert_close(actual, model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_nothing_is_on_a_cpu_that_keeps_graphs_from_being_captured(monkeypatch):
-    """With the kernels, in inference: one graph without a mask, and one for all masks. Another device stands for a
-    GPU; nothing is computed there."""
+class CapturingBackend:
+    """Runs the graphs that are left behind autograd, as those are that torch captures."""
+
+    def __init__(self):
+        self.graphs = 0
+        self.devices = set()
+        self.backend = aot_autograd(fw_compiler=self.run, bw_compiler=self.run)
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return self.backend(graph, inputs)
+
+    def run(self, graph, inputs):
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        self.devices |= {value.device.type for value in values if isinstance(value, torch.Tensor)}
+        return make_boxed_func(graph.forward)
+
+
+@pytest.fixture
+def kernels_elsewhere(monkeypatch):
+    """Another device stands for a GPU; nothing is computed there."""
     triton = pytest.importorskip("bigbird_plus.attention.impl.triton")
     monkeypatch.setitem(engines._engines, "triton", triton)
     monkeypatch.setattr(triton, "reason", lambda call: None)
     monkeypatch.setattr(masks, "compute_dtype", lambda dtype, device: dtype)
-    model = make_model("BigBirdForSequenceClassification", num_hidden_layers=1, block_size=16).to("meta")
-    backend = CountingBackend()
+    return "meta"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"eval_random_blocks": True}, {"is_decoder": True, "use_cache": False}], ids=["encoder", "decoder"]
+)
+def test_nothing_is_on_a_cpu_that_keeps_graphs_from_being_captured(kernels_elsewhere, fields):
+    """One graph without a mask, and one for all masks."""
+    model = make_model("BigBirdForMaskedLM", num_hidden_layers=1, block_size=16, **fields).to(kernels_elsewhere)
+    backend = CapturingBackend()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    ids = torch.zeros(1, 256, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        for attention_mask in (None, torch.ones_like(ids), torch.zeros_like(ids)):
-            compiled(ids, attention_mask=attention_mask)
+    ids = torch.zeros(1, 256, dtype=torch.long, device=kernels_elsewhere)
+    for attention_mask in (None, torch.ones_like(ids), torch.zeros_like(ids)):
+        compiled(ids, attention_mask=attention_mask, labels=ids).loss.backward()
     assert backend.graphs == 2
-    assert backend.devices == {"meta"}
+    assert backend.devices == {kernels_elsewhere}
 
 
 @pytest.mark.slow

@@ -6,17 +6,15 @@ log-sum-exp of the scores, and `gradients`. Here they become one differentiable 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .common import score_dtype
 from .global_tokens import GlobalTokens
 from .impl import reference
-from .pattern import BlockPattern
+from .pattern import BlockPattern, Origin
 
 
 class Reading(NamedTuple):
@@ -93,15 +91,16 @@ def _gradients_by_definition(grad, query, key, value, reading: Reading) -> list[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same in graphs, in which patterns are numbers and tensors
+# The same in graphs, in which patterns are what they are made of
 # ---------------------------------------------------------------------------------------------------------------------
 
 # torch 2.6 cannot make the schemas of `list[int]`.
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? global_places, Tensor? is_global, "
-    "Tensor? random_blocks, SymInt[] fields, SymInt[] middle_blocks, float scaling, str kernels"
+    "SymInt num_extra, SymInt[] settings, SymInt[]? indices, str? blocks, SymInt num_blocks, SymInt? layer_idx, "
+    "bool is_causal, SymInt[]? heads, float scaling, str kernels"
 )
-_TENSORS = 7
+_TENSORS = 6
 
 
 @torch.library.custom_op(
@@ -147,40 +146,15 @@ _attention.register_autograd(_differentiate, setup_context=_save_for_gradients)
 
 
 def _as_arguments(name: str, reading: Reading) -> tuple:
-    """What the operator takes behind queries, keys and values."""
-    pattern, tokens = reading.pattern, reading.global_tokens
-    fields = [pattern.num_blocks, pattern.block_size, pattern.window, pattern.num_leading, pattern.num_trailing]
-    fields += [pattern.first_block_extra, pattern.num_full, int(pattern.is_causal)]
-    fields += [0 if tokens is None else tokens.num_extra]
-    places, is_token = (None, None) if tokens is None else (tokens.places, tokens.is_token)
-    tensors = (reading.key_mask, places, is_token, pattern.random_blocks)
-    return *tensors, fields, list(pattern.middle_blocks), reading.scaling, name
+    """What the operator takes behind queries, keys and values. Random blocks are drawn within it: a tensor of them, on
+    the CPU, would keep graphs from being captured."""
+    tokens, origin = reading.global_tokens, cast(Origin, reading.pattern.origin)
+    tensors = (None, None, 0) if tokens is None else tokens
+    return reading.key_mask, *tensors, *origin, reading.scaling, name
 
 
-def _from_arguments(key_mask, places, is_token, random_blocks, fields, middle_blocks, scaling) -> Reading:
+def _from_arguments(key_mask, places, is_token, num_extra, *arguments) -> Reading:
     """The reverse; the same pattern for the same arguments."""
-    random = None if random_blocks is None else (random_blocks.numpy().tobytes(), random_blocks.shape)
-    *fields, num_extra = fields
-    pattern = _pattern_of(tuple(fields), tuple(middle_blocks), random)
+    *origin, scaling = arguments
     tokens = None if places is None else GlobalTokens(places, is_token, num_extra)
-    return Reading(pattern, scaling, key_mask, tokens)
-
-
-@lru_cache(maxsize=256)
-def _pattern_of(fields: tuple, middle_blocks: tuple, random: tuple | None) -> BlockPattern:
-    num_blocks, block_size, window, num_leading, num_trailing, first_block_extra, num_full, is_causal = fields
-    random_blocks = None
-    if random is not None:
-        random_blocks = np.frombuffer(bytearray(random[0]), dtype=np.int64).reshape(random[1])
-    return BlockPattern(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        window=window,
-        num_leading=num_leading,
-        num_trailing=num_trailing,
-        middle_blocks=middle_blocks,
-        first_block_extra=first_block_extra,
-        num_full=num_full,
-        random_blocks=random_blocks,
-        is_causal=bool(is_causal),
-    )
+    return Reading(Origin(*origin).pattern(), scaling, key_mask, tokens)

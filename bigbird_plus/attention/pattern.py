@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,15 +134,16 @@ class Sparsity:
             layer_idx = 0  # all layers read the same
         if not torch.compiler.is_compiling():
             return _make_pattern(self, num_blocks, layer_idx if random else None)
+        origin = Origin(*self._for_operators(), num_blocks, layer_idx if random else None, False)
         if not random:
             extra = self.num_random_blocks if self.is_original_shape else 0
-            return replace(self.structure(num_blocks), first_block_extra=extra)
+            return replace(self.structure(num_blocks), first_block_extra=extra, origin=origin)
         if is_exporting():
             plan = _plans_of_all_lengths(*self._for_operators(), layer_idx)[num_blocks].long()
             random_blocks = plan.index_select(1, torch.arange(num_blocks))
         else:
             random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx, False)
-        return replace(self.structure(num_blocks), random_blocks=random_blocks)
+        return replace(self.structure(num_blocks), random_blocks=random_blocks, origin=origin)
 
     def structure(self, num_blocks: int) -> "BlockPattern":
         """The pattern's global blocks and its window, without anything in the place of random blocks."""
@@ -164,14 +165,14 @@ class Sparsity:
         """The pattern of one layer of a decoder for `num_blocks` blocks: the beginning of that of any longer input."""
         if not torch.compiler.is_compiling():
             return _make_causal_pattern(self, num_blocks, layer_idx if self.num_random_blocks else None)
-        if not self.num_random_blocks:
-            random_blocks = None
-        elif is_exporting():
+        random_blocks, has_random_blocks = None, self.num_random_blocks > 0
+        if has_random_blocks and is_exporting():
             plan = _longest_causal_plan(*self._for_operators(), layer_idx)
             random_blocks = plan.index_select(1, torch.arange(num_blocks))
-        else:
+        elif has_random_blocks:
             random_blocks = torch.ops.bigbird_plus.random_blocks(*self._for_operators(), num_blocks, layer_idx, True)
-        return replace(self._causal_structure(num_blocks), random_blocks=random_blocks)
+        origin = Origin(*self._for_operators(), num_blocks, layer_idx if has_random_blocks else None, True)
+        return replace(self._causal_structure(num_blocks), random_blocks=random_blocks, origin=origin)
 
     def _causal_structure(self, num_blocks: int) -> "BlockPattern":
         """The pattern of a decoder without its random blocks."""
@@ -194,6 +195,29 @@ class Sparsity:
         """The reverse."""
         fields: dict[str, Any] = dict(zip(cls.__dataclass_fields__, [*settings, indices, blocks], strict=True))
         return cls(**fields)
+
+
+class Origin(NamedTuple):
+    """What a pattern is made of, in the form in which operators take it.
+
+    settings, indices, blocks: the fields of the `Sparsity`.
+    num_blocks, layer_idx, is_causal: of the pattern; `layer_idx` is None for one without random blocks.
+    heads: those whose random blocks it has; None for all.
+    """
+
+    settings: list[int]
+    indices: list[int] | None
+    blocks: str | None
+    num_blocks: int
+    layer_idx: int | None
+    is_causal: bool
+    heads: list[int] | None = None
+
+    def pattern(self) -> "BlockPattern":
+        """The pattern, outside of graphs."""
+        make = _make_causal_pattern if self.is_causal else _make_pattern
+        pattern = make(Sparsity._of_operators(*self[:3]), self.num_blocks, self.layer_idx)
+        return pattern if self.heads is None else pattern.for_heads(self.heads)
 
 
 def _blocks_at(indices: Sequence[int], num_blocks: int) -> list[int]:
@@ -227,6 +251,7 @@ class BlockPattern:
         middle_blocks: further global blocks, between those.
         first_block_extra: additional readings of block 0, see `BigBirdConfig.eval_random_blocks`.
         num_full: of a decoder, blocks at its beginning that read everything up to themselves.
+        origin: what it is made of, while a graph is traced.
         random_blocks: `int64` array `[heads or 1, num_blocks, random]` with `NO_BLOCK` in unused places, or `None`; a
             tensor while a graph is traced. Of rows that read everything it says nothing.
         is_causal: whether this is a decoder's.
@@ -240,6 +265,7 @@ class BlockPattern:
     middle_blocks: tuple[int, ...] = ()
     first_block_extra: int = 0
     num_full: int = 0
+    origin: Origin | None = field(default=None, repr=False)
     random_blocks: np.ndarray | Tensor | None = field(default=None, repr=False)
     is_causal: bool = False
 
@@ -310,7 +336,8 @@ class BlockPattern:
         """The pattern of some of the heads: what is left after others were pruned."""
         if self.random_blocks is None or len(self.random_blocks) in (1, len(heads)):
             return self
-        return replace(self, random_blocks=self.random_blocks[list(heads)])
+        origin = None if self.origin is None else self.origin._replace(heads=list(heads))
+        return replace(self, random_blocks=self.random_blocks[list(heads)], origin=origin)
 
     def cut(self, first: int, last: int) -> "BlockPattern":
         """The blocks of an encoder from `first` to `last` as they read each other: what is left where all others are
@@ -492,10 +519,8 @@ def _traced_random_blocks(
 ) -> Tensor:
     """The random blocks as an operator: a graph is traced through it for any number of blocks, which NumPy's
     generators do not allow. `settings`, `indices` and `blocks` are the fields of a `Sparsity`."""
-    sparsity = Sparsity._of_operators(settings, indices, blocks)
-    if is_causal:
-        return torch.tensor(_causal_plan(sparsity, layer_idx).blocks(num_blocks))
-    return torch.tensor(_make_pattern(sparsity, num_blocks, layer_idx).random_blocks)
+    pattern = Origin(settings, indices, blocks, num_blocks, layer_idx, is_causal).pattern()
+    return torch.tensor(pattern.random_blocks)
 
 
 @_traced_random_blocks.register_fake
