@@ -27,6 +27,7 @@ from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
+from .layer_norm import norm_of_product, norm_of_sum
 from .streaming import keys_and_values, stream_document
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
@@ -460,13 +461,18 @@ class BigBirdOutput(nn.Module):
         return in_chunks(self._project, hidden_states, input_tensor, width=width, modules=self.children())
 
     def _project(self, states, residual):
-        if self.dropout.training:
+        if self._drops:
             return self.add(linear(self.dense, states), residual)
-        return self.LayerNorm(linear(self.dense, states, residual=residual))
+        return norm_of_product(self.LayerNorm, self.dense, states, residual)
+
+    @property
+    def _drops(self):
+        is_plain = type(self.dropout) is nn.Dropout and not is_watched(self.dropout)
+        return self.dropout.training and not (is_plain and self.dropout.p == 0)
 
     def add(self, projected: Tensor, residual: Tensor) -> Tensor:
         """What follows the projection."""
-        return self.LayerNorm(self.dropout(projected) + residual)
+        return norm_of_sum(self.LayerNorm, self.dropout(projected), residual)
 
 
 class BigBirdSelfOutput(BigBirdOutput):
