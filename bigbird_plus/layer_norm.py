@@ -17,7 +17,7 @@ FEWEST_NUMBERS = 2**23
 """In the states, at least: with fewer, a large GPU waits for Python, of which the kernels ask more than torch's
 operators."""
 
-MOST_COLUMNS = 8192
+MOST_COLUMNS = 4096
 """That a program keeps in its registers."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
