@@ -205,7 +205,8 @@ class BigBirdLMPredictionHead(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         bias = getattr(self.decoder, "bias", None)  # not every wrapper shows it
-        if bias is not None:
+        # What accelerate has moved to disk it finds under the first name alone.
+        if bias is not None and not (bias.is_meta and hasattr(self.decoder, "_hf_hook")):
             destination[f"{prefix}bias"] = bias if keep_vars else bias.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
