@@ -287,6 +287,19 @@ def test_resized_vocabularies_keep_weights_and_bias_in_step(tmp_path, tied, size
     torch.testing.assert_close(after[..., :shared], before[..., :shared])
 
 
+def test_the_bias_is_one_parameter_in_the_order_of_transformers():
+    """Optimizers keep states by the places of parameters, so that those of the built-in model go on in ours."""
+    shapes = [[p.shape for p in model.parameters() if p.requires_grad] for model in make_pair("BigBirdForPreTraining")]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_bias_can_be_set_under_both_names():
+    model = make_model("BigBirdForMaskedLM")
+    for owner in (model.cls.predictions, model.cls.predictions.decoder):
+        owner.bias = nn.Parameter(torch.ones(120))
+        assert model.cls.predictions.bias is owner.bias is model.cls.predictions.decoder.bias
+
+
 def test_training_moves_tied_weights_together(tmp_path):
     model = make_model("BigBirdForMaskedLM").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
