@@ -297,7 +297,9 @@ def trains_as_one(first: nn.Module, activation, second: nn.Module, states: Tenso
     gradients are wanted."""
     if states.device.type != "cpu" or not torch.is_grad_enabled() or is_tracing() or is_transformed():
         return False
-    if states.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or type(activation) is not TanhGELU:
+    if states.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if type(activation) is not TanhGELU or is_watched(activation):
         return False
     if forward_ad.unpack_dual(states).tangent is not None:
         return False

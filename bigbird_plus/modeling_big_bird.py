@@ -13,7 +13,15 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import prune_linear_layer
 
-from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
+from ._compat import (
+    CACHE,
+    cache_of_tuples,
+    cached_key_length,
+    keep_in_cache,
+    tokens_in_cache,
+    tuples_of_cache,
+    wants_tuples,
+)
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
 from .attention.common import is_exporting, may_read_values, per_chunk
@@ -210,7 +218,7 @@ class BigBirdEmbeddings(nn.Module):
         if self.dropped_token is not None and input_ids is not None and scales is None:
             scales = token_scales(input_ids, self.dropped_token)
         tensors = (inputs, token_type_ids, position_ids, *(() if scales is None else (scales,)))
-        return in_chunks(self._embed, *tensors, width=self.hidden_size, modules=self.children())
+        return in_chunks(self._embed, *tensors, width=5 * self.hidden_size, modules=self.children())
 
     def _embed(self, inputs, token_type_ids, position_ids, scales=None):
         if self.tiled_positions:
@@ -637,8 +645,10 @@ class BigBirdLayer(GradientCheckpointingLayer):
         all documents."""
         attention, size = self.attention.self, self.tokens_per_chunk(states)
         if cache is not None:
-            read = keys_and_values(self, states, plan.rotation)
-            read = attention.update(cache, *read, cache_idx, cache_position)
+            read = keys_and_values(self, states, plan.rotation, size, for_cache=True)
+            key, value = (tensor[:, : states.shape[1]].transpose(1, 2) for tensor in read)
+            if not keep_in_cache(cache, cache_idx, key, value):
+                attention.update(cache, key, value, cache_idx, cache_position)
             for row, (own, own_plan) in enumerate(plan.chunks(states, 1)):
                 cached = [tensor[row : row + 1] for tensor in read]
                 stream_document(self, own, own_plan.document(attention), own_plan.rotation, size, cached)
