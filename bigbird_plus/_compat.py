@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 
@@ -49,6 +50,20 @@ def tokens_in_cache(cache, cache_position: torch.Tensor | None = None) -> int | 
         return 0
     tokens = _self_attention_cache(cache).get_seq_length() if cache_position is None else cache_position[0]
     return tokens if torch.compiler.is_compiling() else int(tokens)
+
+
+def keep_in_cache(cache, cache_idx: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Makes keys and values, `[batch, heads, tokens, head_dim]`, those of an empty layer of a plain `DynamicCache`,
+    whose `update` would copy them. False where the cache is another one, or not empty there."""
+    cache = _self_attention_cache(cache)
+    if type(cache) is not DynamicCache or cache.get_seq_length(cache_idx):
+        return False
+    cache.update(key[:, :, :0], value[:, :, :0], cache_idx)  # makes the layer
+    layer = cache.layers[cache_idx]
+    if type(layer) is not DynamicLayer:
+        return False
+    layer.keys, layer.values = key, value
+    return True
 
 
 def cache_of_tuples(past_key_values: tuple | list) -> Cache:

@@ -78,7 +78,7 @@ def _product(layer, states, activation, residual):
         rows = states.reshape(-1).view(math.prod(sizes), features)
         return layer(rows).unflatten(0, sizes), activation, residual
     is_gelu = type(activation) is TanhGELU and not is_watched(activation)
-    if not _is_plain(layer):
+    if not is_plain(layer):
         is_int8 = type(layer) is Int8Linear and states.dtype is torch.float32 and not is_watched(layer)
         if is_int8 and is_gelu and not is_tracing() and not is_transformed():
             return _tanh_gelu_in_place(layer(states)), None, residual
@@ -219,7 +219,7 @@ def float32_is_onednn() -> bool:
     return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_onednn()
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `layer` is nothing but a product with its weight."""
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_watched(layer)
 
@@ -297,11 +297,13 @@ def trains_as_one(first: nn.Module, activation, second: nn.Module, states: Tenso
     gradients are wanted."""
     if states.device.type != "cpu" or not torch.is_grad_enabled() or is_tracing() or is_transformed():
         return False
-    if states.dtype is not torch.float32 or torch.is_autocast_enabled("cpu") or type(activation) is not TanhGELU:
+    if states.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if type(activation) is not TanhGELU or is_watched(activation):
         return False
     if forward_ad.unpack_dual(states).tangent is not None:
         return False
-    if not all(_is_plain(layer) and _suits(layer.weight, states) for layer in (first, second)):
+    if not all(is_plain(layer) and _suits(layer.weight, states) for layer in (first, second)):
         return False
     return any(tensor.requires_grad for tensor in (states, *first.parameters(), *second.parameters()))
 

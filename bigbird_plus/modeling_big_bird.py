@@ -13,7 +13,15 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import prune_linear_layer
 
-from ._compat import CACHE, cache_of_tuples, cached_key_length, tokens_in_cache, tuples_of_cache, wants_tuples
+from ._compat import (
+    CACHE,
+    cache_of_tuples,
+    cached_key_length,
+    keep_in_cache,
+    tokens_in_cache,
+    tuples_of_cache,
+    wants_tuples,
+)
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
 from .attention.common import is_exporting, may_read_values, per_chunk
@@ -33,6 +41,7 @@ from .attention.rotary import Rotation, make_rotation
 from .attention.shared_plan import share_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type, refuse_auto_class
 from .cpu import TanhGELU, feed_forward, in_chunks, is_watched, linear, linears, trains_as_one
+from .layer_norm import norm_of_product, norm_of_sum
 from .streaming import keys_and_values, stream_document
 
 # Three formulas of one function, the tanh approximation of GELU, for which torch has a fused kernel.
@@ -216,7 +225,7 @@ class BigBirdEmbeddings(nn.Module):
         if self.dropped_token is not None and input_ids is not None and scales is None:
             scales = token_scales(input_ids, self.dropped_token)
         tensors = (inputs, token_type_ids, position_ids, *(() if scales is None else (scales,)))
-        return in_chunks(self._embed, *tensors, width=self.hidden_size, modules=self.children())
+        return in_chunks(self._embed, *tensors, width=5 * self.hidden_size, modules=self.children())
 
     def _embed(self, inputs, token_type_ids, position_ids, scales=None):
         if self.tiled_positions:
@@ -466,13 +475,18 @@ class BigBirdOutput(nn.Module):
         return in_chunks(self._project, hidden_states, input_tensor, width=width, modules=self.children())
 
     def _project(self, states, residual):
-        if self.dropout.training:
+        if self._drops:
             return self.add(linear(self.dense, states), residual)
-        return self.LayerNorm(linear(self.dense, states, residual=residual))
+        return norm_of_product(self.LayerNorm, self.dense, states, residual)
+
+    @property
+    def _drops(self):
+        is_plain = type(self.dropout) is nn.Dropout and not is_watched(self.dropout)
+        return self.dropout.training and not (is_plain and self.dropout.p == 0)
 
     def add(self, projected: Tensor, residual: Tensor) -> Tensor:
         """What follows the projection."""
-        return self.LayerNorm(self.dropout(projected) + residual)
+        return norm_of_sum(self.LayerNorm, self.dropout(projected), residual)
 
 
 class BigBirdSelfOutput(BigBirdOutput):
@@ -643,8 +657,10 @@ class BigBirdLayer(GradientCheckpointingLayer):
         all documents."""
         attention, size = self.attention.self, self.tokens_per_chunk(states)
         if cache is not None:
-            read = keys_and_values(self, states, plan.rotation)
-            read = attention.update(cache, *read, cache_idx, cache_position)
+            read = keys_and_values(self, states, plan.rotation, size, for_cache=True)
+            key, value = (tensor[:, : states.shape[1]].transpose(1, 2) for tensor in read)
+            if not keep_in_cache(cache, cache_idx, key, value):
+                attention.update(cache, key, value, cache_idx, cache_position)
             for row, (own, own_plan) in enumerate(plan.chunks(states, 1)):
                 cached = [tensor[row : row + 1] for tensor in read]
                 stream_document(self, own, own_plan.document(attention), own_plan.rotation, size, cached)

@@ -37,7 +37,7 @@ from .attention import masks
 from .attention.parts import Tokens
 from .attention.plan import Plan, make_plan
 from .configuration_big_bird import BigBirdConfig, check_attention_type
-from .cpu import in_chunks, linear
+from .cpu import feed_forward, in_chunks, linear, trains_as_one
 from .modeling_big_bird import (
     BigBirdSelfAttention,
     activation_function,
@@ -152,8 +152,12 @@ class BigBirdPegasusEncoderLayer(GradientCheckpointingLayer):
         ), probabilities
 
     def _feed_forward(self, hidden_states):
-        states = linear(self.fc1, self.final_layer_norm(hidden_states), self.activation_fn)
-        hidden_states = hidden_states + self._drop(linear(self.fc2, states))
+        states = self.final_layer_norm(hidden_states)
+        if trains_as_one(self.fc1, self.activation_fn, self.fc2, states):
+            states = feed_forward(self.fc1, self.fc2, states)
+        else:
+            states = linear(self.fc2, linear(self.fc1, states, self.activation_fn))
+        hidden_states = hidden_states + self._drop(states)
         if hidden_states.dtype is torch.float16:  # Pegasus was trained in bfloat16, which reaches further
             most = torch.finfo(torch.float16).max - 1000
             hidden_states = hidden_states.clamp(-most, most)
@@ -303,6 +307,7 @@ class BigBirdPegasusDecoder(BigBirdPegasusPreTrainedModel, BuiltInDecoder):
         for layer in self.layers:
             attention: Any = layer.self_attn
             attention.is_causal = True  # attention functions look for it where there is no mask
+            layer.activation_fn = activation_function(config.activation_function)  # in one pass
 
 
 class BigBirdPegasusModel(BigBirdPegasusPreTrainedModel, BuiltInModel):

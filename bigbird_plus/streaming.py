@@ -4,25 +4,39 @@ compute is there at once."""
 import torch
 from torch import Tensor
 
-from .attention.common import chunks, cut, pad_to_blocks
+from .attention.common import attention_dtype, chunks, cut, pad_to_blocks
 from .attention.impl.flash_cpu import KeysFirst, Stream, is_streamable
 from .attention.parts import Document
 from .attention.rotary import Rotation
-from .cpu import in_chunks
 
 
-def keys_and_values(layer, states: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-    """Those of a `BigBirdLayer`, `[batch, heads, length, head_dim]`, of states `[batch, length, hidden_size]`."""
-    attention = layer.attention.self
+def keys_and_values(layer, states: Tensor, rotation: Rotation | None, size: int, *, for_cache: bool) -> list[Tensor]:
+    """Those of a `BigBirdLayer`, of so many tokens at a time.
 
-    def project(states, *turned):
-        read = attention.keys_and_values(layer.attention.LayerNorm(states), Rotation(*turned) if turned else None)
-        return torch.stack([tensor.transpose(1, 2) for tensor in read], dim=2)
+    Args:
+        layer, rotation, size: see `stream_document`.
+        states: `[batch, length, hidden_size]`.
+        for_cache: whether in the dtype of the projections; else in that in which attention is computed.
 
-    width = 2 * attention.all_head_size
-    both = in_chunks(project, states, *(rotation or ()), width=width, modules=layer.attention.children())
-    key, value = (tensor.transpose(1, 2) for tensor in both.unbind(2))
-    return key, value
+    Returns:
+        Both `[batch, length, heads, head_dim]`, and behind them zeros, which fill up the last block of a document
+        wherever it starts.
+    """
+    attention, (batch, length) = layer.attention.self, states.shape[:2]
+    read: list[Tensor] = []
+    for places in chunks(0, length, max(1, size // batch)):
+        run = slice(places.start, places.stop)
+        own = attention.keys_and_values(layer.attention.LayerNorm(states[:, run]), rotation and rotation.of(run))
+        own = [tensor.transpose(1, 2) for tensor in own]
+        if not read:
+            shape = batch, length + layer.config.block_size - 1, *own[0].shape[2:]
+            dtype = own[0].dtype if for_cache else attention_dtype(own[0])
+            read = [tensor.new_empty(shape, dtype=dtype) for tensor in own]
+        for whole, piece in zip(read, own, strict=True):
+            whole[:, run] = piece
+    for whole in read:
+        whole[:, length:] = 0
+    return read
 
 
 def stream_document(
@@ -41,16 +55,18 @@ def stream_document(
         document: how they are read.
         rotation: of queries and keys; None for models without rotary positions.
         size: how many tokens are taken together.
-        cached: keys and values, `[1, heads, length or more, head_dim]`, where they are there already.
+        cached: its `keys_and_values`, where they are there already.
     """
-    first, length = document.first, states.shape[1]
+    first, pattern = document.first, document.pattern
     _skip_padding(layer, states[:, :first], size)
-    rotation = rotation and rotation.of(slice(first, None))
-    run = _Run(layer, states[:, first:], document, rotation, max(1, size // document.pattern.block_size))
-    if cached is None and is_streamable(document.pattern):
+    states, rotation = states[:, first:], rotation and rotation.of(slice(first, None))
+    run = _Run(layer, states, document, rotation, max(1, size // pattern.block_size))
+    if cached is not None:
+        run.keys_first(*(tensor[:, first:] for tensor in cached))
+    elif is_streamable(pattern):
         run.in_order()
     else:
-        run.keys_first(cached and [tensor[:, :, first:length] for tensor in cached])
+        run.keys_first(*keys_and_values(layer, states, rotation, size, for_cache=False))
 
 
 def _skip_padding(layer, states: Tensor, size: int) -> None:
@@ -94,15 +110,9 @@ class _Run:
         first.copy_(full_states[:, : first.shape[1]])
         last.copy_(full_states[:, first.shape[1] :])
 
-    def keys_first(self, cached: list[Tensor] | None) -> None:
-        """Whatever the rows read. Keys and values of the whole document are there at once."""
-        reader = KeysFirst(self.pattern, self.key_mask, scaling=self.attention.scaling)
-        if cached is not None:
-            reader.read(0, *cached)
-        else:
-            for blocks in chunks(0, self.pattern.num_blocks, self.size):
-                places = reader.tokens(blocks)
-                reader.read(places.start, *self._keys_and_values(places))
+    def keys_first(self, key: Tensor, value: Tensor) -> None:
+        """Whatever the rows read, of keys and values of the whole document."""
+        reader = KeysFirst(self.pattern, key, value, self.key_mask, scaling=self.attention.scaling)
         for rows in reader.runs(self.size):
             own = reader.tokens(rows)
             self._write(reader.attend(rows, self._queries(own)), own)

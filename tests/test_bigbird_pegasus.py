@@ -10,6 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import bigbird_plus
 from bigbird_plus import modeling_bigbird_pegasus as ours
 from bigbird_plus.cli import main
+from bigbird_plus.cpu import feed_forward
 from bigbird_plus.demo import document
 
 from .peers import own_random_blocks
@@ -93,6 +94,23 @@ def test_same_gradients(training):
     theirs, own = (model.train(training) for model in make_pair())
     inputs = make_inputs() | {"labels": torch.randint(3, 120, (2, 7))}
     assert_same_gradients(gradients(theirs, **inputs), gradients(own, **inputs))
+
+
+def test_the_feed_forward_part_trains_as_one_unless_somebody_watches(monkeypatch):
+    """With the same gradients."""
+    _, own = make_pair()
+    inputs, calls, found = make_inputs() | {"labels": torch.randint(3, 120, (2, 7))}, [], []
+    monkeypatch.setattr(ours, "feed_forward", lambda *args: calls.append(1) or feed_forward(*args))
+    for watched in (None, "fc1", "activation_fn"):
+        calls.clear()
+        if watched:
+            hook = own.model.encoder.layers[0].get_submodule(watched).register_forward_hook(lambda *args: None)
+        found.append(gradients(own, **inputs))
+        assert len(calls) == (1 if watched else 2)
+        if watched:
+            hook.remove()
+    assert_same_gradients(*found[:2])
+    assert_same_gradients(found[0], found[2])
 
 
 def test_checkpointing_gives_the_same_gradients():

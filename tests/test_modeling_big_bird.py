@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from bigbird_plus import BigBirdConfig, BigBirdModel
+from bigbird_plus import modeling_big_bird as modeling
 from bigbird_plus._compat import CACHE, tokens_in_cache
 from bigbird_plus.attention import common
 from bigbird_plus.modeling_big_bird import BigBirdLayer
@@ -449,6 +450,19 @@ def test_a_cache_is_filled_some_blocks_after_others(monkeypatch, kind, side, fie
     with torch.no_grad():
         actual, wanted = (model(**more, past_key_values=own).last_hidden_state for own in (cache, expected))
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "of encoder and decoder"])
+def test_a_cache_keeps_the_keys_that_were_read(monkeypatch, kind):
+    """Without a copy."""
+    model, cached, run = make_model(is_decoder=True), [], modeling.stream_document
+    monkeypatch.setattr(modeling, "stream_document", lambda *args: cached.append(args[-1]) or run(*args))
+    cache = make_cache(kind, model)
+    streamed(monkeypatch, model, {"input_ids": random_ids(1, 203), "past_key_values": cache})
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    for layer, read in zip(layers, cached, strict=True):
+        assert [layer.keys.data_ptr(), layer.values.data_ptr()] == [tensor.data_ptr() for tensor in read]
+        assert layer.keys.shape == layer.values.shape == (1, 4, 203, model.config.hidden_size // 4)
 
 
 def make_cache(kind, model):

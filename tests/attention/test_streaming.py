@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigbird_plus import Sparsity
-from bigbird_plus.attention.common import chunks
+from bigbird_plus.attention.common import chunks, pad_to_blocks
 from bigbird_plus.attention.impl import reference
 from bigbird_plus.attention.impl.flash_cpu import KeysFirst, Stream, is_streamable
 
@@ -57,11 +57,9 @@ def stream(query, key, value, pattern, key_mask, *, size, scaling):
 
 
 def keys_first(query, key, value, pattern, key_mask, *, size, scaling):
-    """The context of a document whose keys and values come first; all in runs of so many blocks."""
-    attention, context, rows = KeysFirst(pattern, key_mask, scaling=scaling), torch.empty_like(query), []
-    for blocks in chunks(0, pattern.num_blocks, size):
-        places = attention.tokens(blocks)
-        attention.read(places.start, key[:, :, places], value[:, :, places])
+    """The context of a document whose keys and values come first; rows in runs of so many blocks."""
+    read = (pad_to_blocks(tensor, 7, 2).transpose(1, 2) for tensor in (key, value))
+    attention, context, rows = KeysFirst(pattern, *read, key_mask, scaling=scaling), torch.empty_like(query), []
     for run in attention.runs(size):
         context[:, :, attention.tokens(run)] = attention.attend(run, query[:, :, attention.tokens(run)])
         rows += run

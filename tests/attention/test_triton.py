@@ -206,10 +206,10 @@ def test_kernels_compile_for_gpus_that_are_not_there(tmp_path):
     """The interpreter takes what the compiler does not. In a process of its own, for it is one or the other."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.attention.compile_kernels", "80", "120"]
+    command = [sys.executable, "-m", "tests.attention.compile_kernels", "80"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bytes shared") == 2 * (3 + 5 + 5)  # lists of decoders have no segments to merge
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("bytes shared") == 3 + 5 + 5 + 2  # lists of decoders have no segments to merge
 
 
 def test_results_do_not_vary(in_segments):

@@ -594,18 +594,19 @@ class Stream(_Document):
 
 
 class KeysFirst(_Document):
-    """Attention of one document, of which all keys and values come first. Then rows can `attend`, whatever they read.
-    Nothing but those keys and values grows with its length."""
+    """Attention of one document, of which all keys and values are there. Rows can `attend`, whatever they read.
 
-    def read(self, first: int, key: Tensor, value: Tensor) -> None:
-        """Takes keys and values, `[1, heads, tokens, head_dim]`, of the tokens from the place `first` on."""
-        new = [tensor.transpose(1, 2) for tensor in (key, value)]
-        if not first:
-            length, dtype = self.tokens(range(self.pattern.num_blocks)).stop, attention_dtype(key)
-            self.keys = [tensor.new_zeros(1, length, *tensor.shape[2:], dtype=dtype) for tensor in new]
-            self.bias = self._bias(key)
-        for tensor, piece in zip(self.keys, new, strict=True):
-            tensor[:, first : first + piece.shape[1]] = piece
+    Args:
+        pattern: which block reads which.
+        key, value: `[1, tokens of its blocks or more, heads, head_dim]`.
+        key_mask, scaling: see `_Document`.
+    """
+
+    def __init__(self, pattern: BlockPattern, key: Tensor, value: Tensor, key_mask: Tensor | None, *, scaling: float):
+        super().__init__(pattern, key_mask, scaling=scaling)
+        own = self.tokens(range(pattern.num_blocks))
+        self.keys = [tensor[:, own].to(attention_dtype(tensor)) for tensor in (key, value)]
+        self.bias = self._bias(key)
 
     def runs(self, size: int) -> list[range]:
         """All rows, so many together. Full rows are apart."""

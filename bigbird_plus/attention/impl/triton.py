@@ -235,7 +235,14 @@ def _launch(
             IS_CAUSAL=call.is_causal,
             PRECISION=_precision(),
             num_stages=2,
+            num_warps=_count_warps(kernel, query.element_size() * sizes["WIDTH"]),
         )
+
+
+def _count_warps(kernel, row_bytes: int) -> int:
+    """How many share a program. With four, gradients of wide heads in float32 hold more than fits in the registers.
+    (In half precision eight would spill less, but cut the tiles of Hopper's products in two.)"""
+    return 8 if kernel is not forward_kernel and row_bytes > 256 else 4
 
 
 def _precision() -> str:
