@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
@@ -72,6 +73,9 @@ MODELS = {
     "Longformer": _longformer,
     MODERNBERT: _modernbert,
 }
+GRAPHS = {f"{name}, graph": name for name in (OURS, "dense sdpa")}
+"""Those that take part a second time, captured, where that is asked for."""
+
 LAYERS = {MODERNBERT: 22}
 """Of the published model of the base size, where they are not 12."""
 
@@ -89,6 +93,7 @@ class Settings:
         batch: documents.
         repeats: turns that count.
         models: whether other models for long documents take part, in place of dense attention.
+        graphs: whether inference captured as CUDA graphs takes part, too.
 
     Raises:
         ValueError: if one of them cannot be.
@@ -102,6 +107,7 @@ class Settings:
     batch: int = 1
     repeats: int = 5
     models: bool = False
+    graphs: bool = False
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
@@ -112,6 +118,10 @@ class Settings:
             raise ValueError(f"device must be 'cpu' or 'cuda', but is {self.device!r}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is 'cuda', but torch finds no CUDA device here: take device 'cpu'.")
+        if self.graphs and self.device != "cuda":
+            raise ValueError(f"graphs needs a CUDA device, but device is {self.device!r}: take 'cuda', or no graphs.")
+        if self.graphs and self.train:
+            raise ValueError("graphs is for inference, but train is True: leave one of them out.")
         for name in ("layers", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
@@ -120,7 +130,8 @@ class Settings:
     def contestants(self) -> tuple[str, ...]:
         """Names of those that take part."""
         names = MODELS if self.models else CONTESTANTS
-        return tuple(name for name in names if name != OURS_INT8 or self._runs_int8)
+        graphs = [name for name, captured in GRAPHS.items() if self.graphs and captured in names]
+        return (*(name for name in names if name != OURS_INT8 or self._runs_int8), *graphs)
 
     @property
     def _runs_int8(self) -> bool:
@@ -200,7 +211,7 @@ def _synchronize(device: str) -> None:
 
 
 def _seconds_per_layer(names, paths, length, settings, advance) -> dict[str, list[float]]:
-    calls = {name: step_of(build(name, length, settings), length, settings) for name in names}
+    calls = {name: call_of(name, build(name, length, settings), length, settings) for name in names}
     calls |= {path: products_of_layer(product, length, settings) for path, product in paths.items()}
     seconds = paired_seconds(calls, settings.repeats, settings.device, advance)
     for name in names:
@@ -211,7 +222,7 @@ def _seconds_per_layer(names, paths, length, settings, advance) -> dict[str, lis
 def build(name: str, length: int, settings: Settings) -> torch.nn.Module:
     """A contestant for documents of `length` tokens: base size, random weights, hardly any vocabulary."""
     positions = (length // 512 + 2) * 512  # whole windows of Longformer, which counts from 2, and whole blocks
-    model = {**CONTESTANTS, **MODELS}[name](
+    model = {**CONTESTANTS, **MODELS}[GRAPHS.get(name, name)](
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_attention_heads=HEADS,
@@ -221,6 +232,29 @@ def build(name: str, length: int, settings: Settings) -> torch.nn.Module:
         pad_token_id=0,
     )
     return model.to(**settings.factory).train(settings.train)
+
+
+def call_of(name: str, model: torch.nn.Module, length: int, settings: Settings) -> Callable[[], None]:
+    """The step of a contestant, captured if its name says so."""
+    step = step_of(model, length, settings)
+    return captured(step) if name in GRAPHS else step
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph, which the first call captures."""
+    graph = cache(partial(_capture, step))
+    return lambda: graph().replay()
+
+
+def _capture(step):
+    """Behind a warm-up, which loads kernels and makes what is kept: while a graph is captured nothing can."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph
 
 
 def step_of(model: torch.nn.Module, length: int, settings: Settings) -> Callable[[], None]:
@@ -317,7 +351,7 @@ def _peak_of_step(name: str, length: int, settings: Settings) -> int | None:
         _leave_memory_to_others()
     model = build(name, length, settings)
     step_of(model, min(length, WARM_UP), settings)()
-    return peak_memory(step_of(model, length, settings), settings.device)
+    return peak_memory(call_of(name, model, length, settings), settings.device)
 
 
 def peak_memory(call: Callable, device: str = "cpu") -> int | None:
@@ -498,6 +532,8 @@ def notes(report: dict) -> list[str]:
             lines.append(f"{OURS} at {products['length']:,} tokens: {products['ratio']:.2f} times {path}.")
     if not all(row["fits"] for row in report["results"]):
         lines.append("*: does not fit in this machine's free memory.")
+    if report["settings"]["graphs"]:
+        lines.append("graph: captured as a CUDA graph, whose kernels are launched as a whole, without Python.")
     layers = report["settings"]["layers"]
     if report["settings"]["models"]:
         lines.append(

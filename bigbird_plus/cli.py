@@ -211,6 +211,7 @@ def bench(
     models: Annotated[
         bool, typer.Option("--models", help="Show tokens a second: int8, Longformer and ModernBERT, too.")
     ] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Measure captured CUDA graphs, too.")] = False,
     context_parallel: Annotated[
         int | None, typer.Option(help="Instead: what so many processes send as they share a document.")
     ] = None,
@@ -219,7 +220,7 @@ def bench(
 ) -> None:
     """Compare speed and memory with the built-in BigBird and dense attention, or with other long-document models."""
     numbers = tuple(_number(text, "--lengths") for text in lengths.split(","))
-    settings = benchmarks.Settings(numbers, dtype, train, device, layers, batch, repeats, models)
+    settings = benchmarks.Settings(numbers, dtype, train, device, layers, batch, repeats, models, graphs)
     for file in filter(None, (plot, json_file)):
         _check_folder(file)
     if plot is not None and context_parallel is not None:

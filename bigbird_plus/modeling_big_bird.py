@@ -25,7 +25,13 @@ from ._compat import (
 from .attention import masks
 from .attention.alone import how_to_read, refuse_block_masks
 from .attention.common import is_exporting, may_read_values, per_chunk
-from .attention.documents import Flattened, document_positions, holds_documents, uncompiled_for_documents
+from .attention.documents import (
+    Flattened,
+    document_positions,
+    holds_documents,
+    is_first_place,
+    uncompiled_for_documents,
+)
 from .attention.masks import ScoreShape
 from .attention.parts import FullPart, Tokens
 from .attention.pattern import Sparsity, check_whole_number
@@ -623,9 +629,9 @@ class BigBirdLayer(GradientCheckpointingLayer):
         intermediate, output = self.intermediate, self.output
         if type(intermediate) is not BigBirdIntermediate or type(output) is not BigBirdOutput:
             return False
-        if is_watched(intermediate) or is_watched(output):
+        if not trains_as_one(intermediate.dense, intermediate.intermediate_act_fn, output.dense, states):
             return False
-        return trains_as_one(intermediate.dense, intermediate.intermediate_act_fn, output.dense, states)
+        return not is_watched(intermediate) and not is_watched(output)
 
     @property
     def attention_type(self) -> str:
@@ -977,7 +983,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
-        computes_padding: bool = False,
+        computes_padding: bool | Tensor = False,
         cache=None,
         **kwargs: Unpack[Flattened],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
@@ -1003,8 +1009,8 @@ class BigBirdModel(BigBirdPreTrainedModel):
             global_attention_mask: `[batch, length]`, 1 for tokens that read everything and are read by all, besides
                 what the pattern says; 0 for others. Without effect where attention is full. Encoders only.
             computes_padding: whether the states of padding shall be computed, too, as `config.computes_padding` has it
-                for all calls. Otherwise they are zero, but in decoders and in eager attention, and but for those of
-                first places that `pooler_output` is made of.
+                for all calls; or of which places, `bool`, `[1 or batch, length]`. Otherwise they are zero, but in
+                decoders and in eager attention, and but for those of first places that `pooler_output` is made of.
             cache: another name of `past_key_values`, that of transformers from 5.24 on.
             **kwargs: of rows that hold several documents, see `attention.documents`: each is read as it is alone, with
                 a pattern of its own, and `pooler_output` is `[documents, hidden_size]`. Positions that start anew at 0
@@ -1025,8 +1031,9 @@ class BigBirdModel(BigBirdPreTrainedModel):
             attention_mask=attention_mask,
             global_attention_mask=global_attention_mask,
             has_documents=has_documents,
+            wanted=self._wanted(computes_padding, attention_mask),
         )
-        plan = self._plan(tokens, keeps=self._keeps(computes_padding))
+        plan = self._plan(tokens, keeps_all=computes_padding is True or self.config.computes_padding)
 
         scales = self._token_scales(input_ids, tokens)
         embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds, scales)
@@ -1086,17 +1093,21 @@ class BigBirdModel(BigBirdPreTrainedModel):
         embeddings = self.embeddings(*given, **({} if scales is None else {"scales": scales}))
         return embeddings if embeds_packed else plan.enter(embeddings)
 
-    def _plan(self, tokens: Tokens, keeps: str) -> Plan:
+    def _plan(self, tokens: Tokens, keeps_all: bool) -> Plan:
         processes = active_processes()
         if processes is not None:
-            return share_plan(self.config, self.attention_type, tokens, processes, keeps=keeps)
-        return make_plan(self.config, self.attention_type, tokens, keeps=keeps)
+            return share_plan(self.config, self.attention_type, tokens, processes, keeps_all=keeps_all)
+        return make_plan(self.config, self.attention_type, tokens, keeps_all=keeps_all)
 
-    def _keeps(self, computes_padding) -> str:
-        """Whose states are wanted, see `make_plan`."""
-        if computes_padding or self.config.computes_padding:
-            return "all"
-        return "first" if self._uses_pooler() else "real"
+    def _wanted(self, computes_padding: bool | Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The places whose states are wanted even of padding, see `Tokens`."""
+        if attention_mask is None or self.config.is_decoder:
+            return None
+        wanted = computes_padding if isinstance(computes_padding, Tensor) else None
+        if not self._uses_pooler():
+            return wanted
+        first = is_first_place(attention_mask)
+        return first if wanted is None else wanted | first
 
     def _tokens(self, inputs, position_ids, cache, cache_position) -> Tokens:
         """What the plan is made of, without masks; `inputs` are ids or embeddings."""

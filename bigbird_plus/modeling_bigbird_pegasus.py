@@ -296,8 +296,7 @@ class BigBirdPegasusEncoder(BigBirdPegasusPreTrainedModel):
             dtype=masks.compute_dtype(words.dtype, words.device),
             attention_mask=attention_mask,
         )
-        keeps = "all" if self.settings.computes_padding else "real"
-        return make_plan(self.settings, self.attention_type, tokens, keeps=keeps)
+        return make_plan(self.settings, self.attention_type, tokens, keeps_all=self.settings.computes_padding)
 
 
 class BigBirdPegasusDecoder(BigBirdPegasusPreTrainedModel, BuiltInDecoder):

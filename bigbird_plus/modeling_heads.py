@@ -24,6 +24,7 @@ from .attention.documents import (
     first_places,
     first_states,
     holds_documents,
+    is_first_place,
     uncompiled_for_documents,
 )
 from .attention.processes import active_processes
@@ -106,20 +107,12 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return mean_of_all(total, (labels != IGNORED_LABEL).sum())
 
 
-def counts_padding(labels: Tensor | None, attention_mask: Tensor | None, config) -> bool:
-    """Whether labels of tokens ask for padding, the states of which have to be computed then. (Not where documents are
-    read as they are alone: padding is no part of them.)"""
-    if labels is None or attention_mask is None or labels.shape != attention_mask.shape or config.pattern_per_document:
+def have_labels(labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | bool:
+    """`bool`, `[batch, length]`: which places have labels, for which the states even of padding have to be computed;
+    False where nothing is padding."""
+    if labels is None or attention_mask is None or labels.shape != attention_mask.shape:
         return False
-    return is_tracing() or bool(((labels != IGNORED_LABEL) & (attention_mask == 0)).any())
-
-
-def starts_with_padding(attention_mask: Tensor | None, config) -> bool:
-    """Whether some document is told from a first place that is padding. (Not where documents are read as they are
-    alone: the first real token is first then.)"""
-    if attention_mask is None or attention_mask.dim() != 2 or config.pattern_per_document:
-        return False
-    return is_tracing() or bool((attention_mask[:, 0] == 0).any())
+    return labels != IGNORED_LABEL
 
 
 ONE_DOCUMENT = (
@@ -327,9 +320,7 @@ class BigBirdForPreTraining(_LanguageModel):
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
         asked = (output_attentions, output_hidden_states, global_attention_mask)
-        outputs = self._read(
-            inputs, asked, computes_padding=counts_padding(labels, attention_mask, self.config), **kwargs
-        )
+        outputs = self._read(inputs, asked, computes_padding=have_labels(labels, attention_mask), **kwargs)
         prediction_logits, seq_relationship_logits = self.cls(outputs.last_hidden_state, outputs.pooler_output)
         loss, labels = None, own_labels(labels, prediction_logits)
         if labels is not None:
@@ -392,7 +383,7 @@ class BigBirdForMaskedLM(_LanguageModel):
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=False,
-            computes_padding=counts_padding(labels, attention_mask, self.config),
+            computes_padding=have_labels(labels, attention_mask),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -594,7 +585,7 @@ class BigBirdForSequenceClassification(_TaskModel):
             asked,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            computes_padding=starts_with_padding(attention_mask, self.config),
+            computes_padding=attention_mask is not None and is_first_place(attention_mask),
             **kwargs,
         )
         documents = positions_of_documents(position_ids, attention_mask, input_ids, inputs_embeds, kwargs)
@@ -724,7 +715,7 @@ class BigBirdForTokenClassification(_TaskModel):
             inputs,
             asked,
             past_key_values=past_key_values,
-            computes_padding=counts_padding(labels, attention_mask, self.config),
+            computes_padding=have_labels(labels, attention_mask),
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))

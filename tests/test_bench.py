@@ -4,7 +4,9 @@ import json
 import math
 import os
 import statistics
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -98,6 +100,41 @@ def test_int8_takes_part_where_it_runs(monkeypatch):
         assert bench.OURS_INT8 not in bench.Settings((1,), **{"models": True, **other}).contestants
     monkeypatch.setattr(bench, "most_of_states", lambda: 0)
     assert bench.OURS_INT8 not in bench.Settings((1,), models=True).contestants
+
+
+def test_graphs_take_part_where_there_is_cuda(monkeypatch):
+    """Of those that ask a GPU nothing: ours and dense attention."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="graphs is for inference"):
+        bench.Settings((1,), device="cuda", graphs=True, train=True)
+    settings = bench.Settings((1,), device="cuda", graphs=True)
+    assert settings.contestants == ("bigbird_plus", BUILT_IN, DENSE, "bigbird_plus, graph", "dense sdpa, graph")
+    assert bench.Settings((1,), device="cuda", graphs=True, models=True).contestants[-1] == "bigbird_plus, graph"
+    model = bench.build("dense sdpa, graph", 1, bench.Settings((1,), layers=1))
+    assert model.config.attention_type == "original_full"
+
+
+def test_a_graph_is_captured_once_behind_a_warm_up_on_its_stream():
+    happened, stream = [], mock.Mock()
+
+    @contextmanager
+    def within(*names):
+        happened.append(names)
+        yield
+        happened.append("end")
+
+    graph = mock.Mock(replay=lambda: happened.append("replay"))
+    with (
+        mock.patch.object(torch.cuda, "CUDAGraph", lambda: graph),
+        mock.patch.object(torch.cuda, "Stream", lambda: stream),
+        mock.patch.object(torch.cuda, "current_stream"),
+        mock.patch.object(torch.cuda, "stream", within),
+        mock.patch.object(torch.cuda, "graph", lambda graph, stream: within(graph, stream)),
+    ):
+        call = bench.captured(lambda: happened.append("step"))
+        call()
+        call()
+    assert happened == [(stream,), "step", "end", (graph, stream), "step", "end", "replay", "replay"]
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -237,6 +274,9 @@ def test_table_and_notes_fit_a_terminal():
     assert "bigbird_plus at 2,048 tokens: 2.00 times products, torch." in notes
     assert "*: does not fit" in notes
     assert "reads sparsely by the engine merged. Not triton: the kernels are for" in notes
+    assert "CUDA graph" not in notes
+    with_graphs = {**report(), "settings": {**report()["settings"], "graphs": True}}
+    assert any("captured as a CUDA graph" in line for line in bench.notes(with_graphs))
 
 
 def test_models_table():

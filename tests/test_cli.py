@@ -342,6 +342,7 @@ def make_misfits(folder, checkpoint):
         (["bench", "--lengths", "1024,1024"], "lengths must be different positive numbers"),
         (["bench", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, but is 'int8'"),
         (["bench", "--device", "tpu"], "device must be 'cpu' or 'cuda', but is 'tpu'"),
+        (["bench", "--graphs"], "graphs needs a CUDA device, but device is 'cpu'"),
         (["bench", "--layers", "0"], "layers must be positive, but is 0"),
         (["bench", "--repeats", "-1"], "repeats must be positive, but is -1"),
         (["bench", "--json", "no/folder/out.json"], "There is no folder to write no/folder/out.json to"),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bigbird_plus.attention import engines, masks
+
 from .peers import make_model, make_pair, own_random_blocks, random_ids, random_inputs
 
 LENGTHS = (128, 130, 200, 88, 41)
@@ -13,9 +15,12 @@ class CountingBackend:
 
     def __init__(self):
         self.graphs = 0
+        self.devices = set()
 
     def __call__(self, graph, inputs):
         self.graphs += 1
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        self.devices |= {value.device.type for value in values if isinstance(value, torch.Tensor)}
         return graph.forward
 
 
@@ -71,6 +76,25 @@ def test_nothing_is_asked_of_a_gpu_that_graphs_cannot_hold(monkeypatch):
     actual = compiled(ids).last_hidden_state
     monkeypatch.undo()
     torch.testing.assert_close(actual, model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_nothing_is_on_a_cpu_that_keeps_graphs_from_being_captured(monkeypatch):
+    """With the kernels, in inference: one graph without a mask, and one for all masks. Another device stands for a
+    GPU; nothing is computed there."""
+    triton = pytest.importorskip("bigbird_plus.attention.impl.triton")
+    monkeypatch.setitem(engines._engines, "triton", triton)
+    monkeypatch.setattr(triton, "reason", lambda call: None)
+    monkeypatch.setattr(masks, "compute_dtype", lambda dtype, device: dtype)
+    model = make_model("BigBirdForSequenceClassification", num_hidden_layers=1, block_size=16).to("meta")
+    backend = CountingBackend()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    ids = torch.zeros(1, 256, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        for attention_mask in (None, torch.ones_like(ids), torch.zeros_like(ids)):
+            compiled(ids, attention_mask=attention_mask)
+    assert backend.graphs == 2
+    assert backend.devices == {"meta"}
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def block_sparse_attention(
         return context if probabilities is None else (context, probabilities)
     tokens = Tokens(batch, torch.arange(length, device=query.device), query.dtype)
     choose = partial(_choose, implementation, query, key, value, block_size)
+    selected = selected if selected is None or mask is None else selected & mask
     part = whole_batch(sparsity, mask, tokens, choose, global_mask=selected)
     query, key, value = (pad_to_blocks(tensor, block_size, 2) for tensor in (query, key, value))
     context, probabilities = part.attend(layer, query, key, value, output_attentions)

@@ -1,6 +1,7 @@
 """What the engines and the plan have in common: what Python may ask of a tensor, dtypes and masks of scores, blocks,
 the merge of partial attentions, and how much is done at once on a CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
@@ -59,6 +60,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def keep_on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """As `to_device`, of what is kept for later calls, in memory that another thread takes: graphs of
+    `torch.compile(mode="reduce-overhead")` own what theirs takes as they warm up, and refuse what outlives that."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    with ThreadPoolExecutor(1) as thread:
+        kept, copied = thread.submit(_copy, tensor, device).result()
+    torch.cuda.current_stream(device).wait_event(copied)
+    return kept
+
+
+def _copy(tensor, device):
+    return to_device(tensor, device), torch.cuda.current_stream(device).record_event()
 
 
 def _is_emulated(dtype: torch.dtype, question: str) -> bool:

@@ -140,10 +140,11 @@ def holds_documents(position_ids: Tensor | None, attention_mask: Tensor | None) 
     that go on otherwise are just positions.) Not while a graph is traced, in which values are not known."""
     if position_ids is None or is_tracing():
         return False
-    if attention_mask is not None and (attention_mask.dim() != 2 or not attention_mask.all()):
+    if attention_mask is not None and attention_mask.dim() != 2:
         return False
     starts = document_starts(position_ids)
-    return bool(starts.any() and (position_ids[starts] == 0).all())
+    holds = starts.any() & (~starts | (position_ids == 0)).all()
+    return bool(holds if attention_mask is None else holds & attention_mask.all())  # a GPU is waited for once
 
 
 def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, ...]:
@@ -151,6 +152,11 @@ def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, ...]:
     starts = document_starts(position_ids).expand(batch, -1).clone()
     starts[:, 0] = True
     return starts.nonzero(as_tuple=True)
+
+
+def is_first_place(attention_mask: Tensor) -> Tensor:
+    """`bool`, `[1, length]`: whether a place is the first of a row of a mask, `[batch, length]`."""
+    return torch.arange(attention_mask.shape[-1], device=attention_mask.device)[None] == 0
 
 
 def first_places(states: Tensor, attention_mask: Tensor | None, config) -> Tensor:

@@ -29,6 +29,7 @@ class Tokens(NamedTuple):
     past: how many tokens a cache already holds.
     keys: how many keys there are, free places of a cache included; None without a cache.
     has_documents: whether rows hold several documents, as `position_ids` tell.
+    wanted: `bool`, `[1 or batch, length]`: places whose states are wanted even of padding; None for none.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class Tokens(NamedTuple):
     past: int | Tensor = 0
     keys: int | None = None
     has_documents: bool = False
+    wanted: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -356,8 +358,8 @@ def whole_batch(
     sparsity: Sparsity, mask: Tensor | None, tokens: Tokens, choose, *, global_mask: Tensor | None, num_extra: int = 0
 ) -> SparsePart:
     """The part that is a batch as it came: tokens of `mask` (`bool`, or None for all) are real and those of
-    `global_mask` (`bool`, or None for none) global, with so many extra global tokens behind the last block. `choose`
-    is told whether there are global tokens, and chooses the engine."""
+    `global_mask` (`bool`, none of padding, or None for none) global, with so many extra global tokens behind the last
+    block. `choose` is told whether there are global tokens, and chooses the engine."""
     block_size, batch, length = sparsity.block_size, tokens.batch, tokens.length
     num_blocks = count_blocks(length, block_size)
     if mask is None and (has_free_shapes() or length % block_size):
@@ -366,8 +368,6 @@ def whole_batch(
         mask is not None and is_exporting()
     ):  # ONNX keeps no guards: shorter inputs, which have no such place, shall fail there all the same
         mask = mask & (torch.arange(length, device=tokens.device)[sparsity.full_attention_length] > 0)
-    if global_mask is not None and mask is not None:
-        global_mask = global_mask & mask
     found = find_global_tokens(global_mask, num_extra, batch, num_blocks * block_size, tokens.device)
     if mask is not None:
         mask = nn.functional.pad(pad_to_blocks(mask, block_size, 1), (0, num_extra), value=True)

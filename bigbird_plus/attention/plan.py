@@ -286,8 +286,10 @@ class Plan:
 class Reader(NamedTuple):
     """The settings of a model, and what the call brings.
 
+    global_mask: `bool`, `[batch, length]`, on the CPU but in graphs: which tokens are global; None for none.
     real: `bool`, `[batch, length]`, on the CPU: which tokens are no padding; None for all, and where that is not to be
         looked at.
+    computed: `bool`, `[batch, length]`, there where `real` is: whose states are returned; None for all.
     """
 
     config: "BigBirdConfig"
@@ -296,15 +298,18 @@ class Reader(NamedTuple):
     reads_sparsely: bool
     global_mask: Tensor | None
     real: Tensor | None
+    computed: Tensor | None
 
     @classmethod
-    def of(cls, config, attention_type: str, tokens: Tokens) -> "Reader":
+    def of(cls, config, attention_type: str, tokens: Tokens, keeps_all: bool = False) -> "Reader":
         """Arguments as those of `make_plan`."""
         tokens, real = _look_at_mask(config, tokens)
         sparsity = Sparsity.from_config(config)
         keys = tokens.length if tokens.keys is None else tokens.keys
         reads_sparsely = is_sparse(sparsity, attention_type, keys) and (config.is_decoder or not tokens.has_cache)
-        return cls(config, sparsity, tokens, reads_sparsely, _chosen_tokens(config, tokens), real)
+        global_mask = _chosen_tokens(config, tokens, real, reads_sparsely)
+        computed = None if keeps_all else _computed(config, tokens, real)
+        return cls(config, sparsity, tokens, reads_sparsely, global_mask, real, computed)
 
     @property
     def implementation(self) -> str:
@@ -350,31 +355,31 @@ def is_sparse(sparsity: Sparsity, attention_type: str, keys: int) -> bool:
     return attention_type == "block_sparse" and keys > sparsity.full_attention_length
 
 
-def make_plan(config, attention_type: str, tokens: Tokens, *, keeps: str = "real") -> Plan:
+def make_plan(config, attention_type: str, tokens: Tokens, *, keeps_all: bool = False) -> Plan:
     """The plan of a call.
 
     Args:
         config: a `BigBirdConfig`.
         attention_type: `"block_sparse"` or `"original_full"`.
         tokens: what the call brings.
-        keeps: whose states are wanted: of `"real"` tokens; of those and of the `"first"` place of each row, which
-            tells something of the row; or of `"all"` places. Decoders and eager attention compute all, in any case.
+        keeps_all: whether the states of all places are wanted, and not of real tokens and of `tokens.wanted` alone.
+            Decoders and eager attention compute all, in any case.
 
     Raises:
         ValueError: if there are more tokens than positions, or if a mask does not fit the input or the model.
     """
-    reader = Reader.of(config, attention_type, tokens)
-    spans, per_document = _find_documents(reader, keeps)
-    return _packed_plan(reader, spans, per_document) if spans else padded_plan(reader, keeps)
+    reader = Reader.of(config, attention_type, tokens, keeps_all)
+    spans, per_document = _find_documents(reader)
+    return _packed_plan(reader, spans, per_document) if spans else padded_plan(reader)
 
 
-def padded_plan(reader: Reader, keeps: str) -> Plan:
-    """The plan of a batch as it came; arguments as those of `make_plan`."""
+def padded_plan(reader: Reader) -> Plan:
+    """The plan of a batch as it came."""
     config, tokens = reader.config, reader.tokens
     check_length(config, tokens, tokens.length)
     shape = {"batch": tokens.batch, "length": tokens.length, "num_extra": config.num_extra_global_tokens}
     shape["positions"] = tokens.cache_position[None] if tokens.position_ids is None else tokens.position_ids
-    computed = _computed(reader, keeps)
+    computed = None if reader.computed is None else to_device(reader.computed, tokens.device)
     if not reader.reads_sparsely:
         full = FullPart(mask=_full_mask(reader), implementation=reader.implementation)
         return Plan((full,), **shape, computed=computed)
@@ -387,8 +392,9 @@ def padded_plan(reader: Reader, keeps: str) -> Plan:
 
 def _look_at_mask(config, tokens: Tokens) -> tuple[Tokens, Tensor | None]:
     """The only look at the values of a mask, for which a GPU is waited for once a call: `Reader.real`, and the tokens
-    without a mask if it hides nothing. Tokenizers give such masks always, and without them no kernel reads masks, full
-    attention needs none, and nothing is moved in a decoder. Not for what goes on where a cache ends: a step is short.
+    without a mask if it hides nothing, else with `wanted` on the CPU. Tokenizers give such masks always, and without
+    them no kernel reads masks, full attention needs none, and nothing is moved in a decoder. Not for what goes on
+    where a cache ends: a step is short.
     """
     mask, is_start = tokens.attention_mask, isinstance(tokens.past, int) and tokens.past == 0
     if mask is None or mask.dim() != 2 or not is_start or not may_wait_for(mask):
@@ -396,17 +402,27 @@ def _look_at_mask(config, tokens: Tokens) -> tuple[Tokens, Tensor | None]:
     goes_on = config.is_decoder and mask.shape[1] > tokens.length
     if mask.shape[0] != tokens.batch or (mask.shape[1] != tokens.length and not goes_on):
         return tokens, None  # an error for others to raise
-    real = (mask[:, : tokens.length] != 0).cpu()
-    return (tokens._replace(attention_mask=None), None) if real.all() else (tokens, real)
+    real, wanted = mask[:, : tokens.length] != 0, tokens.wanted
+    if wanted is None:
+        real = real.cpu()
+    else:
+        real, wanted = torch.stack((real, wanted.to(mask.device).expand_as(real))).cpu()
+    return (tokens._replace(attention_mask=None), None) if real.all() else (tokens._replace(wanted=wanted), real)
 
 
-def _chosen_tokens(config, tokens: Tokens) -> Tensor | None:
+def _chosen_tokens(config, tokens: Tokens, real: Tensor | None, reads_sparsely: bool) -> Tensor | None:
+    """`Reader.global_mask`, for which a GPU is waited for, too: how many there are decides on shapes."""
     if tokens.global_attention_mask is not None and config.is_decoder:
         raise ValueError(
             "global_attention_mask is for encoders: in a decoder (is_decoder=True) a token that is read by all would "
             "be read by earlier ones. Leave it out."
         )
-    return masks.as_global_mask(tokens.global_attention_mask, tokens.batch, tokens.length)
+    chosen = masks.as_global_mask(tokens.global_attention_mask, tokens.batch, tokens.length)
+    if chosen is None or not reads_sparsely:
+        return None
+    if is_tracing():
+        return chosen
+    return chosen.cpu() if real is None else chosen.cpu() & real
 
 
 def check_length(config, tokens: Tokens, length: int) -> None:
@@ -426,19 +442,18 @@ def check_length(config, tokens: Tokens, length: int) -> None:
         )
 
 
-def _computed(reader: Reader, keeps: str, *, real: Tensor | None = None) -> Tensor | None:
-    """`bool`, `[batch, length]`: whose states are returned; None for all. There where `real` is, if it is given."""
-    config, tokens = reader.config, reader.tokens
+def _computed(config, tokens: Tokens, real: Tensor | None) -> Tensor | None:
+    """`Reader.computed`."""
     keeps_all = config._attn_implementation == "eager" and not config.pattern_per_document
-    if keeps == "all" or keeps_all or config.is_decoder or tokens.has_cache:
+    if keeps_all or config.is_decoder or tokens.has_cache:
         return None
     if tokens.attention_mask is None or tokens.attention_mask.dim() != 2:
         return None
     if real is None:
         real = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
-    if real is None or config.pattern_per_document or keeps == "real":
+    if real is None or config.pattern_per_document or tokens.wanted is None:
         return real
-    return real | (torch.arange(tokens.length, device=real.device) == 0)
+    return real | tokens.wanted.to(real.device)
 
 
 def _full_mask(reader: Reader) -> FullMask:
@@ -463,6 +478,8 @@ def _sparse_part(reader: Reader) -> SparsePart:
             f"[batch, length]. Masks of more dimensions need attention_type='original_full'."
         )
     mask = masks.padding_mask(tokens.attention_mask, tokens.batch, tokens.length)
+    if global_mask is not None and mask is not None and reader.real is None:
+        global_mask = global_mask & mask.to(global_mask.device)
     num_extra = config.num_extra_global_tokens
     return whole_batch(sparsity, mask, tokens, reader.choose_engine, global_mask=global_mask, num_extra=num_extra)
 
@@ -472,13 +489,13 @@ def _sparse_part(reader: Reader) -> SparsePart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_documents(reader: Reader, keeps: str) -> list[Span]:
+def find_documents(reader: Reader) -> list[Span]:
     """The documents that are read as they are alone; none if there are no others than those of the padded batch."""
-    spans, per_document = _find_documents(reader, keeps)
+    spans, per_document = _find_documents(reader)
     return spans if per_document else []
 
 
-def _find_documents(reader: Reader, keeps: str) -> tuple[list[Span], bool]:
+def _find_documents(reader: Reader) -> tuple[list[Span], bool]:
     """The documents to pack, none if packing would save nothing and change nothing; and whether each is read as it is
     alone: counted from its first real token, with a pattern of its own, or in full where it is short enough."""
     config, tokens, sparsity = reader.config, reader.tokens, reader.sparsity
@@ -487,10 +504,8 @@ def _find_documents(reader: Reader, keeps: str) -> tuple[list[Span], bool]:
     if tokens.has_documents and tokens.position_ids is not None:
         documents = _documents_of_positions(tokens.position_ids, tokens.batch, tokens.length)
         return _spans(reader, documents, own_patterns=True), True
-    if reader.real is None:
-        return [], False
-    real, computed = reader.real, _computed(reader, keeps, real=reader.real)
-    if computed is None or (computed & ~real).any():
+    real, computed = reader.real, reader.computed
+    if real is None or computed is None or (computed & ~real).any():
         return [], False
     per_document = config.pattern_per_document
     documents = [(row, *_extent(places)) for row, places in enumerate(real.unbind()) if places.any()]
@@ -554,10 +569,7 @@ def _packed_plan(reader: Reader, spans: list[Span], per_document: bool) -> Plan:
 
 def choose_for_documents(reader: Reader, spans: list[Span]) -> Choice | None:
     """The engine for what is read sparsely; None if nothing is."""
-    global_mask = reader.global_mask
-    if global_mask is not None and reader.real is not None:
-        global_mask = global_mask.cpu() & reader.real
-    is_chosen = global_mask is not None and bool(global_mask.any())
+    is_chosen = reader.global_mask is not None and bool(reader.global_mask.any())
     is_sparse_anywhere = any(span.num_blocks is not None for span in spans)
     has_global_tokens = is_chosen or reader.config.num_extra_global_tokens > 0
     return reader.choose_engine(has_global_tokens) if is_sparse_anywhere else None
@@ -567,7 +579,7 @@ def packed_parts(reader: Reader, packing: Packing, spans: list[Span], choice: Ch
     """What is read together of the last documents of `packing`, on the CPU, `spans`: documents that are alike."""
     global_mask = None
     if reader.global_mask is not None:
-        global_mask = reader.global_mask.cpu().flatten()[packing.sources] & packing.is_real
+        global_mask = reader.global_mask.flatten()[packing.sources] & packing.is_real
     parts: list[AnyPart] = []
     start = len(packing.sources) - sum(span.size for span in spans)
     for _, alike in groupby(spans, key=lambda span: span.kind):

@@ -51,18 +51,18 @@ class SharedPlan(Plan):
         return False
 
 
-def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes, *, keeps: str) -> Plan:
+def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes, *, keeps_all: bool) -> Plan:
     """The plan of a call that processes share, see `plan.make_plan`.
 
     Raises:
         ValueError: for what they cannot share.
     """
     _refuse(tokens)
-    reader = Reader.of(config, attention_type, tokens)
-    spans = find_documents(reader, keeps)
+    reader = Reader.of(config, attention_type, tokens, keeps_all)
+    spans = find_documents(reader)
     if spans:
         return share_documents(reader, spans, processes)
-    plan, tokens = padded_plan(reader, keeps), reader.tokens
+    plan, tokens = padded_plan(reader), reader.tokens
     part = plan.parts[0]
     if isinstance(part, DecoderPart) and part.piece.offset is not None:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bigbird_plus.attention import global_tokens, parts, plan
+from bigbird_plus.attention import global_tokens, masks, parts, plan
 from bigbird_plus.attention.impl import triton_lists
 
 aten = torch.ops.aten
@@ -30,15 +30,25 @@ class _OnGPU(torch.Tensor):
 
 class PretendedGPU(TorchDispatchMode):
     """While it is entered, without gradients, `counts` what happens: `"operators"` there, how often its numbers are
-    `"waited for"`, and `"blocking copies"` to it."""
+    `"waited for"`, and `"blocking copies"` to it; `launched` has the names of those operators that compute."""
 
     def __init__(self):
         super().__init__()
         self.counts = Counter()
+        self.launched = Counter()
 
     def put(self, *tensors: torch.Tensor):
         """Tensors there."""
         return [_OnGPU(tensor) for tensor in tensors]
+
+    def move(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A model, whose tensors go there."""
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update(
+                    {name: _OnGPU(tensor.detach()) for name, tensor in tensors.items() if tensor is not None}
+                )
+        return model
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -50,6 +60,8 @@ class PretendedGPU(TorchDispatchMode):
         if function is aten._local_scalar_dense.default:
             is_there = False
         self.counts["operators"] += is_there
+        if is_there and not _is_free(function):
+            self.launched[function.name().removeprefix("aten::").partition(".")[0]] += 1
         self.counts["waited for"] += was_there and not is_there
         if is_there and not was_there and function is aten._to_copy.default:
             self.counts["blocking copies"] += not kwargs.get("non_blocking", False)
@@ -62,8 +74,16 @@ class PretendedGPU(TorchDispatchMode):
         )
 
 
+def _is_free(function) -> bool:
+    """Whether an operator makes a view, or takes memory, and computes nothing."""
+    is_view = any(result.alias_info and not result.alias_info.is_write for result in function._schema.returns)
+    return is_view or function._schema.name in ("aten::empty_like", "aten::new_empty", "aten::_unsafe_view")
+
+
 def make_pretend(monkeypatch):
     """Lets the package take it for a GPU, whose copies need not be waited for."""
-    for module in (plan, parts, global_tokens, triton_lists):
-        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor.to(device, non_blocking=True))
+    modules = {plan: "to_device", parts: "to_device", global_tokens: "to_device", triton_lists: "keep_on_device"}
+    for module, name in modules.items():
+        monkeypatch.setattr(module, name, lambda tensor, device: tensor.to(device, non_blocking=True))
     monkeypatch.setattr(plan, "may_wait_for", lambda tensor: True)
+    monkeypatch.setattr(masks, "compute_dtype", lambda dtype, device: dtype)  # torch has no autocast for it

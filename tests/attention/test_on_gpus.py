@@ -1,5 +1,6 @@
 """What a call asks of a GPU beside its kernels, counted on one that is none."""
 
+import threading
 from types import SimpleNamespace
 from unittest import mock
 
@@ -124,19 +125,26 @@ def test_decoders_make_lists_once_and_move_left_padding_only(gpu, name, most):
 
 
 def test_lists_take_one_copy_from_memory_that_a_gpu_reads_itself():
-    """Pretended tensors cannot be pinned: here nothing is copied."""
-    pinned, copies = [], []
+    """By another thread, as graphs of torch.compile may own the memory of the first. Pretended tensors cannot be
+    pinned: here nothing is copied."""
+    pinned, copies, stream = [], [], mock.Mock()
 
     def pin_memory(tensor):
         pinned.append(tensor)
         return tensor
 
     def copy(tensor, device, non_blocking):
-        copies.append((tensor is pinned[-1], device.type, non_blocking))
+        is_elsewhere = threading.get_ident() != threading.main_thread().ident
+        copies.append((tensor is pinned[-1], device.type, non_blocking, is_elsewhere))
         return tensor
 
     pattern = Sparsity(2, block_size=16, num_random_blocks=1).pattern(17)
-    with mock.patch.object(torch.Tensor, "pin_memory", pin_memory), mock.patch.object(torch.Tensor, "to", copy):
+    with (
+        mock.patch.object(torch.Tensor, "pin_memory", pin_memory),
+        mock.patch.object(torch.Tensor, "to", copy),
+        mock.patch.object(torch.cuda, "current_stream", lambda device: stream),
+    ):
         reads, read_by = make_lists(pattern, 1, torch.device("cuda"))
-    assert copies == [(True, "cuda", True)]
+    assert copies == [(True, "cuda", True, True)]
+    assert stream.mock_calls == [mock.call.record_event(), mock.call.wait_event(stream.record_event.return_value)]
     assert all(tensor.data_ptr() % 16 == pinned[0].data_ptr() % 16 for tensor in (*reads.tensors, *read_by.tensors))

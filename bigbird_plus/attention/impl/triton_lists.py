@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..caches import cached_up_to
-from ..common import to_device
+from ..common import keep_on_device
 from ..pattern import BlockPattern
 from ..random_blocks import NO_BLOCK
 
@@ -165,7 +165,7 @@ def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     buffer = torch.zeros(sum(sizes), dtype=torch.int32)
     for tensor, place in zip(tensors, buffer.split(sizes), strict=True):
         place[: tensor.numel()] = tensor.flatten().view(torch.int32)
-    places = to_device(buffer, device).split(sizes)
+    places = keep_on_device(buffer, device).split(sizes)
     return [
         place[: tensor.numel()].view(tensor.dtype).view(tensor.shape)
         for tensor, place in zip(tensors, places, strict=True)
