@@ -37,8 +37,8 @@ def context_parallel(mesh_or_group) -> Iterator[Processes]:
 
     Raises:
         ValueError: for a mesh of more dimensions. Within it, models raise one for what cannot be shared: caches,
-            cross-attention, probabilities, left padding in decoders, compiled graphs, and dropout of the probabilities
-            where inputs are short enough to be read in full.
+            cross-attention, probabilities, compiled graphs, and dropout of the probabilities where inputs are short
+            enough to be read in full.
     """
     group = mesh_or_group
     if isinstance(mesh_or_group, DeviceMesh):

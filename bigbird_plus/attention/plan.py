@@ -54,6 +54,10 @@ class Span(NamedTuple):
         """The same for documents that are alike."""
         return self.num_blocks or 0, self.size, self.first_block
 
+    def sources(self, row_length: int) -> Tensor:
+        """`int64`, `[length]`: the places of its tokens in the flattened batch. Behind the end of a row it begins."""
+        return (self.first + torch.arange(self.length)) % row_length + self.row * row_length
+
 
 class Packing(NamedTuple):
     """Where the tokens of a packed batch come from.
@@ -61,7 +65,7 @@ class Packing(NamedTuple):
     spans: the documents, in the order in which they are packed.
     sources: `int64`, `[packed length]`: of each packed token, its place in the flattened padded batch.
     is_real: `bool`, `[packed length]`, False for padding.
-    kept: `int64`: the places in the packed row of what is no padding.
+    kept: `int64`: the places in the packed row of what is returned: in encoders of what is no padding.
     """
 
     spans: tuple[Span, ...]
@@ -597,12 +601,15 @@ def pack(spans: list[Span], reader: Reader) -> Packing:
     start = 0
     for span in spans:
         taken = slice(start, start + span.length)
-        sources[taken] = torch.arange(span.length) + span.first + span.row * reader.tokens.length
+        sources[taken] = span.sources(reader.tokens.length)
         is_real[taken] = True
         start += span.size
+    is_kept = is_real
+    if reader.computed is not None:
+        is_kept = is_kept & reader.computed.cpu().flatten()[sources]
     if reader.real is not None:
         is_real = is_real & reader.real.flatten()[sources]
-    return Packing(tuple(spans), sources, is_real, is_real.nonzero().flatten())
+    return Packing(tuple(spans), sources, is_real, is_kept.nonzero().flatten())
 
 
 def positions_of(reader: Reader, spans: list[Span], per_document: bool) -> Tensor:

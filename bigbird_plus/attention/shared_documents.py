@@ -18,7 +18,7 @@ from .context_parallel import Shards
 from .documents import first_places, first_tokens
 from .engines import Choice
 from .global_tokens import find_global_tokens
-from .parts import AnyPart, SharedPart, Tokens, refuse_probabilities
+from .parts import AnyPart, SharedPart, refuse_probabilities
 from .plan import Packing, Plan, Reader, Span, check_length, choose_for_documents, pack, packed_parts, positions_of
 from .processes import Processes
 
@@ -122,8 +122,9 @@ class Piece(NamedTuple):
         return self.span._replace(first=self.span.first + first, length=last - first, size=len(blocks) * block_size)
 
 
-def share_documents(reader: Reader, spans: list[Span], processes: Processes) -> SharedDocuments:
-    """The plan of documents that are read as they are alone, see `find_documents`."""
+def share_documents(reader: Reader, spans: list[Span], processes: Processes, *, per_document: bool) -> SharedDocuments:
+    """The plan of documents whose blocks are counted from their first token: of those of `find_documents`, which are
+    read as they are alone (`per_document`), or of rows. A span that goes on behind a row's end begins it anew."""
     tokens, block_size = reader.tokens, reader.config.block_size
     check_length(reader.config, tokens, max(span.length for span in spans))
     pieces = _cut(reader, spans, processes)
@@ -139,13 +140,13 @@ def share_documents(reader: Reader, spans: list[Span], processes: Processes) -> 
         (*parts, *packed_parts(reader, packing, own, choice)),
         batch=1,
         length=len(packing.sources),
-        positions=positions_of(reader, spans, per_document=True),
+        positions=positions_of(reader, spans, per_document),
         choice=choice,
         num_extra=reader.config.num_extra_global_tokens,
         packing=packing.to_device(tokens.device),
         processes=processes,
         rows=tokens.batch,
-        columns=_columns(_owners(pieces, tokens, block_size), packing, processes, tokens.device),
+        columns=_columns(_owners(pieces, reader), packing, processes, tokens.device),
     )
 
 
@@ -193,14 +194,15 @@ def _shared_part(reader: Reader, piece: Piece, processes: Processes, choice: Cho
     )
 
 
-def _owners(pieces: list[Piece], tokens: Tokens, block_size: int) -> Tensor:
-    """`int64`, `[batch, length]`: the process that computes each token, -1 for padding."""
+def _owners(pieces: list[Piece], reader: Reader) -> Tensor:
+    """`int64`, `[batch, length]`: the process that computes each token, -1 where the states are not returned."""
+    tokens, block_size = reader.tokens, reader.config.block_size
     owners = torch.full((tokens.batch, tokens.length), -1)
     for piece in pieces:
         for rank in range(piece.shards.size):
             part = piece.of(rank, block_size)
-            owners[part.row, part.first : part.first + part.length] = rank
-    return owners if tokens.attention_mask is None else owners.masked_fill(tokens.attention_mask.cpu() == 0, -1)
+            owners.view(-1)[part.sources(tokens.length)] = rank
+    return owners if reader.computed is None else owners.masked_fill(~reader.computed.cpu(), -1)
 
 
 def _columns(owners: Tensor, packing: Packing, processes: Processes, device: torch.device) -> Columns:

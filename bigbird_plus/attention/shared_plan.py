@@ -11,7 +11,7 @@ from .common import count_blocks, cut, is_tracing, pad_to_blocks
 from .context_parallel import Shards
 from .global_tokens import GlobalTokens, find_global_tokens
 from .parts import DecoderPart, FullPart, SharedPart, SparsePart, Tokens
-from .plan import Plan, Reader, find_documents, padded_plan
+from .plan import Plan, Reader, Span, find_documents, padded_plan
 from .processes import Processes
 from .shared_documents import share_documents
 
@@ -61,14 +61,13 @@ def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes
     reader = Reader.of(config, attention_type, tokens, keeps_all)
     spans = find_documents(reader)
     if spans:
-        return share_documents(reader, spans, processes)
+        return share_documents(reader, spans, processes, per_document=True)
     plan, tokens = padded_plan(reader), reader.tokens
-    part = plan.parts[0]
-    if isinstance(part, DecoderPart) and part.piece.offset is not None:
-        raise ValueError(
-            "attention_mask begins with zeros, from behind which a decoder counts its blocks, and context_parallel "
-            "cannot share them out then. Pad on the right."
-        )
+    part, mask = plan.parts[0], tokens.attention_mask
+    if mask is not None and isinstance(part, DecoderPart) and part.piece.offset is not None:
+        real = (mask != 0).cpu()
+        spans = _turned_rows(real, config.block_size)
+        return share_documents(reader._replace(real=real), spans, processes, per_document=False)
     num_blocks = count_blocks(tokens.length, config.block_size)
     shards = Shards.even(num_blocks, processes)
     key_mask, global_tokens = _masks(part, plan, tokens, num_blocks * config.block_size)
@@ -84,6 +83,14 @@ def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes
     )
     fields = {**vars(plan), "parts": (shared,), "block_size": config.block_size}
     return SharedPlan(**fields, processes=processes, shards=shards)
+
+
+def _turned_rows(real: Tensor, block_size: int) -> list[Span]:
+    """The rows of a decoder's batch, of which `real`, `bool`, `[batch, length]`, are no padding: each from its first
+    real token on, from which its blocks are counted, with its left padding at the end, where no token reads it."""
+    length, firsts = real.shape[1], real.int().argmax(dim=1).tolist()
+    num_blocks = count_blocks(length, block_size)
+    return [Span(row, first, length, num_blocks * block_size, num_blocks, 0) for row, first in enumerate(firsts)]
 
 
 def _masks(part, plan: Plan, tokens: Tokens, length: int) -> tuple[Tensor | None, GlobalTokens | None]:

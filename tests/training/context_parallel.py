@@ -255,6 +255,7 @@ ENCODERS = {
 DECODERS = {
     "decoder": ({"is_decoder": True}, {}),
     "decoder, padded": ({"is_decoder": True, "training": True}, {"mask": right_padding}),
+    "decoder, padded left": ({"is_decoder": True, "training": True}, {"mask": left_padding}),
     "decoder, short": ({"is_decoder": True}, {"length": 61}),
     "decoder without random blocks": ({"is_decoder": True, "num_random_blocks": 0}, {}),
 }
@@ -281,6 +282,7 @@ SHARED_BY_FOUR = (
     "very short",
     "extra and chosen tokens",
     "decoder, padded",
+    "decoder, padded left",
     "documents in training",
     "documents, extra and chosen tokens",
     "fewer documents than processes",
