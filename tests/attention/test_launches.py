@@ -47,7 +47,7 @@ def gpu(monkeypatch, launched):
     make_pretend(monkeypatch)
     monkeypatch.setitem(engines._engines, "triton", triton)
     monkeypatch.setattr(triton, "reason", lambda call: None)
-    monkeypatch.setattr(cpu, "_is_plain", lambda layer: type(layer) is torch.nn.Linear)  # but for its parameters
+    monkeypatch.setattr(cpu, "is_plain", lambda layer: type(layer) is torch.nn.Linear)  # but for its parameters
     monkeypatch.setattr(cpu, "_has_product_with_gelu", lambda layer, states: True)
     return PretendedGPU()
 
