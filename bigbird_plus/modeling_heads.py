@@ -170,43 +170,13 @@ class BigBirdPredictionHeadTransform(nn.Module):
 
 
 class BigBirdLMPredictionHead(nn.Module):
-    """Scores of the words. The bias is the decoder's, so that sharding finds it in one module alone. It has a second
-    name, `bias`, as an attribute and in state dicts, which may hold either name or both."""
-
-    _tied_weights_keys = {"decoder.bias": "bias"}  # of the two, files need the second one alone
+    """Scores of the words. `bias` and `decoder.bias` are one parameter under two names: `tie_weights` sees to it."""
 
     def __init__(self, config):
         super().__init__()
-        transform = BigBirdPredictionHeadTransform(config)
-        # Registered first: optimizers get parameters in the order in which they get those of transformers' own model.
+        self.transform = BigBirdPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
-        self.transform = transform
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """`[vocab_size]`."""
-        return self.decoder.bias
-
-    def __setattr__(self, name, value):
-        if name != "bias":
-            super().__setattr__(name, value)
-        elif value is None or isinstance(value, nn.Parameter):
-            self.decoder.bias = value
-        # Other tensors take the place of parameters for a while, in `functional_call` and in loading, and the one that
-        # they are to replace is named there, too.
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        bias = getattr(self.decoder, "bias", None)  # not every wrapper shows it
-        # What accelerate has moved to disk it finds under the first name alone.
-        if bias is not None and not (bias.is_meta and hasattr(self.decoder, "_hf_hook")):
-            destination[f"{prefix}bias"] = bias if keep_vars else bias.detach()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        bias = state_dict.pop(f"{prefix}bias", None)
-        if bias is not None:
-            state_dict.setdefault(f"{prefix}decoder.bias", bias)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., vocab_size]` from `[..., hidden_size]`."""
@@ -241,7 +211,10 @@ class BigBirdPreTrainingHeads(nn.Module):
 class _LanguageModel(_TaskModel):
     """What the models with a vocabulary projection share: tied weights, and one bias under two names."""
 
-    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
     _keys_to_ignore_on_load_missing = [r"cls\.predictions\.decoder\.bias"]
 
     def get_output_embeddings(self):
@@ -249,17 +222,28 @@ class _LanguageModel(_TaskModel):
 
     def set_output_embeddings(self, new_embeddings):
         self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, BigBirdLMPredictionHead):
+            nn.init.zeros_(module.bias)
 
     def tie_weights(self, *args, **kwargs):
-        """Ties the projection to the embeddings if the configuration says so."""
+        """Ties the projection to the embeddings if the configuration says so, and its bias to itself in any case."""
         super().tie_weights(*args, **kwargs)
-        decoder, embeddings = self.cls.predictions.decoder, self.get_input_embeddings().weight
-        if embeddings.is_meta or decoder.weight.is_meta:
+        predictions, embeddings = self.cls.predictions, self.get_input_embeddings().weight
+        if embeddings.is_meta or predictions.decoder.weight.is_meta or predictions.bias.is_meta:
             return  # nothing is loaded yet: transformers wants to see every name as a parameter of its own
+        # Files hold the bias under either name or both. The one that is missing is zero.
+        if not predictions.decoder.bias.is_meta and predictions.decoder.bias.any():
+            predictions.bias = predictions.decoder.bias
+        else:
+            predictions.decoder.bias = predictions.bias
         # A file that holds the tied weight twice keeps some versions of transformers from tying it.
-        is_apart = self.config.tie_word_embeddings and decoder.weight is not embeddings
-        if is_apart and torch.equal(decoder.weight, embeddings):
-            decoder.weight = embeddings
+        weight = predictions.decoder.weight
+        if self.config.tie_word_embeddings and weight is not embeddings and torch.equal(weight, embeddings):
+            predictions.decoder.weight = embeddings
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """As in all models of transformers. If the embeddings are not tied, the bias is written under both its names:
