@@ -1033,7 +1033,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
             has_documents=has_documents,
             wanted=self._wanted(computes_padding, attention_mask),
         )
-        plan = self._plan(tokens, keeps_all=computes_padding is True or self.config.computes_padding)
+        keeps_all = self.config.computes_padding or (
+            not isinstance(computes_padding, Tensor) and bool(computes_padding)
+        )
+        plan = self._plan(tokens, keeps_all=keeps_all)
 
         scales = self._token_scales(input_ids, tokens)
         embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds, scales)
