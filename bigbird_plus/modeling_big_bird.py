@@ -1033,10 +1033,7 @@ class BigBirdModel(BigBirdPreTrainedModel):
             has_documents=has_documents,
             wanted=self._wanted(computes_padding, attention_mask),
         )
-        keeps_all = self.config.computes_padding or (
-            not isinstance(computes_padding, Tensor) and bool(computes_padding)
-        )
-        plan = self._plan(tokens, keeps_all=keeps_all)
+        plan = self._plan(tokens, computes_padding)
 
         scales = self._token_scales(input_ids, tokens)
         embeddings = self._embed(plan, input_ids, token_type_ids, inputs_embeds, scales)
@@ -1096,7 +1093,10 @@ class BigBirdModel(BigBirdPreTrainedModel):
         embeddings = self.embeddings(*given, **({} if scales is None else {"scales": scales}))
         return embeddings if embeds_packed else plan.enter(embeddings)
 
-    def _plan(self, tokens: Tokens, keeps_all: bool) -> Plan:
+    def _plan(self, tokens: Tokens, computes_padding: bool | Tensor) -> Plan:
+        keeps_all = self.config.computes_padding
+        if not isinstance(computes_padding, Tensor):  # else `tokens.wanted` says which
+            keeps_all = keeps_all or bool(computes_padding)
         processes = active_processes()
         if processes is not None:
             return share_plan(self.config, self.attention_type, tokens, processes, keeps_all=keeps_all)

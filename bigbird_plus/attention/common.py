@@ -66,7 +66,7 @@ def keep_on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """As `to_device`, of what is kept for later calls, in memory that another thread takes: graphs of
     `torch.compile(mode="reduce-overhead")` own what theirs takes as they warm up, and refuse what outlives that."""
     if device.type != "cuda":
-        return tensor.to(device)
+        return to_device(tensor, device)
     with ThreadPoolExecutor(1) as thread:
         kept, copied = thread.submit(_copy, tensor, device).result()
     torch.cuda.current_stream(device).wait_event(copied)

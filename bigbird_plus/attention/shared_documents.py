@@ -176,7 +176,7 @@ def _shared_part(reader: Reader, piece: Piece, processes: Processes, choice: Cho
     packing, device = pack([span._replace(size=length)], reader), reader.tokens.device
     global_mask, key_mask = None, None
     if is_sparse and reader.global_mask is not None:
-        global_mask = (reader.global_mask.cpu().flatten()[packing.sources] & packing.is_real)[None]
+        global_mask = (reader.global_mask.flatten()[packing.sources] & packing.is_real)[None]
     if not packing.is_real.all():
         key_mask = to_device(nn.functional.pad(packing.is_real[None], (0, num_extra), value=True), device)
     return SharedPart(

@@ -65,7 +65,7 @@ def share_plan(config, attention_type: str, tokens: Tokens, processes: Processes
     plan, tokens = padded_plan(reader), reader.tokens
     part, mask = plan.parts[0], tokens.attention_mask
     if mask is not None and isinstance(part, DecoderPart) and part.piece.offset is not None:
-        real = (mask != 0).cpu()
+        real = (mask != 0).cpu() if reader.real is None else reader.real
         spans = _turned_rows(real, config.block_size)
         return share_documents(reader._replace(real=real), spans, processes, per_document=False)
     num_blocks = count_blocks(tokens.length, config.block_size)
