@@ -173,6 +173,20 @@ def test_what_cannot_be_meant_is_refused(arguments, error, named):
         make_model()(random_ids(1, 100), **arguments)
 
 
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_cuda_graphs_stop_at_several_documents(is_decoder, monkeypatch):
+    model, row, places = make_model(is_decoder=is_decoder), random_ids(1, 200), torch.arange(200)[None]
+    mask = (places >= 9).long()
+    expected = model(row).last_hidden_state
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    close(model(row, position_ids=places).last_hidden_state, expected)
+    left_padded = model(row, attention_mask=mask, position_ids=(places - 9).clamp(min=0)).last_hidden_state
+    assert left_padded[:, 9:].isfinite().all()
+    with pytest.raises(RuntimeError, match="not for CUDA graphs"):
+        model(row, position_ids=places % 100)
+
+
 def test_decoders_return_no_cache_of_several_documents():
     model, row = make_model(is_decoder=True), torch.cat(documents(), dim=1)
     assert not model(row, position_ids=positions()).get("past_key_values")

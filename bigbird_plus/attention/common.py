@@ -23,11 +23,14 @@ def has_free_shapes() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being made. Not to be asked under `torch.compile`, which fails at that."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def is_tracing() -> bool:
     """Whether a graph is being made of what happens, in which values are not known: one of those, or CUDA's."""
-    if has_free_shapes():
-        return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # torch.compile fails at that
+    return has_free_shapes() or is_capturing()
 
 
 def is_transformed() -> bool:

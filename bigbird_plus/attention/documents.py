@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .common import is_exporting, is_tracing
+from .common import has_free_shapes, is_capturing, is_exporting
 
 
 class Flattened(TypedDict, total=False):
@@ -137,14 +137,20 @@ def document_starts(position_ids: Tensor) -> Tensor:
 
 def holds_documents(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
     """Whether rows hold several documents: positions start anew at 0 within a row, and nothing is padding. (Positions
-    that go on otherwise are just positions.) Not while a graph is traced, in which values are not known."""
-    if position_ids is None or is_tracing():
+    that go on otherwise are just positions.) Not while a graph is traced, in which values are not known. A CUDA graph
+    gets a check of its own, and stops with an error when it is to read several documents."""
+    if position_ids is None or has_free_shapes():
         return False
     if attention_mask is not None and attention_mask.dim() != 2:
         return False
     starts = document_starts(position_ids)
     holds = starts.any() & (~starts | (position_ids == 0)).all()
-    return bool(holds if attention_mask is None else holds & attention_mask.all())  # a GPU is waited for once
+    if attention_mask is not None:
+        holds = holds & attention_mask.all()
+    if is_capturing():
+        torch._assert_async(~holds, "position_ids of several documents in a row are not for CUDA graphs")
+        return False
+    return bool(holds)  # a GPU is waited for once
 
 
 def first_tokens(position_ids: Tensor, batch: int) -> tuple[Tensor, ...]:
