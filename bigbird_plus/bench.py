@@ -28,7 +28,7 @@ from .attention.engines import Call, choose_engine
 from .configuration_big_bird import BigBirdConfig
 from .cpu import has_onednn, onednn_product
 from .environment import describe_environment
-from .int8 import most_of_states
+from .int8 import has_int8
 from .modeling_big_bird import BigBirdModel
 from .quantization import quantize
 
@@ -136,7 +136,7 @@ class Settings:
     @property
     def _runs_int8(self) -> bool:
         is_inference_on_cpu = self.device == "cpu" and not self.train
-        return is_inference_on_cpu and self.dtype == "float32" and bool(most_of_states())
+        return is_inference_on_cpu and self.dtype == "float32" and has_int8()
 
     @property
     def factory(self) -> dict:

@@ -5,7 +5,7 @@ at once."""
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,31 @@ from torch import Tensor, nn
 from .attention.common import chunks, is_tracing, is_transformed, per_chunk
 
 
+class Packed(NamedTuple):
+    """A weight in oneDNN's order, the sum of each row, and the greatest number that states may be."""
+
+    weight: Tensor
+    sums: Tensor
+    most_of_states: int
+
+
+class Operands(NamedTuple):
+    """Of a layer: its packed weight, the scale of each output, the sums of the weight's rows in this scale, the bias,
+    and the greatest number that states may be."""
+
+    weight: Tensor
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor
+    most_of_states: int
+
+
 class Int8Linear(nn.Module):
     """In the place of an `nn.Linear`, for inference: `states weight^T + bias`, with a scale for each output.
 
-    Weights have 8 bits. States get 8 where the processor adds products of such numbers exactly, as those with VNNI
-    instructions do, and else 7: older instructions add pairs of products in 16 bits, which 8 by 8 bits overflow.
-    Columns with outliers are not kept apart: on the demo checkpoint that made no difference.
+    Weights and states have 8 bits. Processors without VNNI instructions add the products of two neighbouring columns
+    in 16 bits, which any 8 by 8 bits would overflow. So a scale is such that no two neighbours of one sign come to more
+    than 128. Weights in files from before that meet states of 7 bits there.
 
     The state dict holds `weight`, int8 `[out_features, in_features]`, `scale`, `[out_features]`, and `bias`,
     `[out_features]`. While the layer is on a CPU it keeps the weight in oneDNN's order alone.
@@ -35,7 +54,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(out_features))
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
-        self._packed: tuple[Tensor, Tensor] | None = None
+        self._packed: Packed | None = None
 
     @classmethod
     def like(cls, layer: nn.Linear) -> "Int8Linear":
@@ -48,7 +67,7 @@ class Int8Linear(nn.Module):
         """With the weight of a linear layer, rounded."""
         quantized = cls.like(layer)
         weight = layer.weight.detach()
-        scale = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(weight.dtype).tiny)
+        scale = (_of_neighbours(weight) / 127).clamp_(min=torch.finfo(weight.dtype).tiny)  # rounding may add one
         quantized.weight = (weight.float() / scale[:, None].float()).round_().to(torch.int8)
         quantized.scale = scale
         quantized.bias = None if layer.bias is None else layer.bias.detach()
@@ -57,7 +76,7 @@ class Int8Linear(nn.Module):
 
     def pack(self) -> None:
         """Put the weight into oneDNN's order, which forward passes would otherwise do each time. On a CPU only."""
-        if self._packed is None and self.weight.device.type == "cpu" and most_of_states():
+        if self._packed is None and self.weight.device.type == "cpu" and has_int8():
             self._packed = _pack(self.weight)
             self.weight = None
 
@@ -66,7 +85,7 @@ class Int8Linear(nn.Module):
         self.weight, self._packed = self._plain_weight(), None
 
     def _plain_weight(self) -> Tensor:
-        return self.weight if self._packed is None else self._packed[0].to_dense().t().contiguous()
+        return self.weight if self._packed is None else self._packed.weight.to_dense().t().contiguous()
 
     def forward(self, states: Tensor) -> Tensor:
         """Of `[..., in_features]` and a floating dtype, to `[..., out_features]` of the same.
@@ -77,13 +96,12 @@ class Int8Linear(nn.Module):
         """
         return products((self,), states)[0]
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `products` takes: the packed weight, the scale of each output, the sums of the weight's rows in this
-        scale, and the bias."""
-        packed, sums = _pack(self.weight) if self._packed is None else self._packed
+    def operands(self) -> Operands:
+        """What `products` takes."""
+        packed = _pack(self.weight) if self._packed is None else self._packed
         scale = self.scale.float()
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.float()
-        return packed, scale, sums * scale, bias
+        return Operands(packed.weight, scale, packed.sums * scale, bias, packed.most_of_states)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -137,13 +155,14 @@ def products(layers: Sequence[Int8Linear], states: Tensor) -> list[Tensor]:
     inputs, outputs = layers[0].in_features, [layer.out_features for layer in layers]
     rows = states.reshape(-1, inputs)
     operands = [layer.operands() for layer in layers]
+    most = min(layer.most_of_states for layer in operands)
     results = [torch.empty(len(rows), width) for width in outputs]
     for piece in chunks(0, len(rows), per_chunk(_COPIES * (inputs + max(outputs)))):
         where = slice(piece.start, piece.stop)
-        levels, step, lowest = _quantized(rows[where].float())
-        for (packed, scale, sums, bias), result in zip(operands, results, strict=True):
-            product = _product(levels, packed, scale)
-            torch.addcmul(bias, lowest, sums, out=result[where]).addcmul_(product, step)
+        levels, step, lowest = _quantized(rows[where].float(), most)
+        for layer, result in zip(operands, results, strict=True):
+            product = _product(levels, layer.weight, layer.scale)
+            torch.addcmul(layer.bias, lowest, layer.sums, out=result[where]).addcmul_(product, step)
     shape = states.shape[:-1]
     return [result.to(states.dtype).view(*shape, result.shape[1]) for result in results]
 
@@ -155,34 +174,51 @@ def require_int8(device: torch.device) -> None:
     """Raises a ValueError where products of 8 bits cannot be computed."""
     if device.type != "cpu":
         raise ValueError(f"int8 models compute on a CPU, not on {device}: move model and inputs there.")
-    if not most_of_states():
+    if not has_int8():
         raise ValueError("int8 models need torch with oneDNN's operators for integers, which this one has not.")
 
 
-@cache
-def most_of_states() -> int:
-    """The greatest number that states are quantized to; 0 where products of 8 bits cannot be computed at all.
+def has_int8() -> bool:
+    """Whether products of 8 bits can be computed."""
+    return most_of_states(any_weight=False) > 0
 
-    Told by products that no 16 bits hold: those must be exact.
+
+@cache
+def most_of_states(any_weight: bool) -> int:
+    """The greatest number that states may be for products to be exact: 255, 127, or 0 for none.
+
+    Told by the products that are hardest to keep, of weights of 127 alone, or of those whose neighbours fit.
     """
+    rows = [[127] * 4] if any_weight else [[127, 1, 127, 1], [127, 1, 1, 127], [1, 127, 127, 1]]
+    weight = torch.tensor([*rows, *(-torch.tensor(rows)).tolist()], dtype=torch.int8).repeat(8, 16)
     try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
         for most in (255, 127):
-            states, weight = torch.full((32, 64), most, dtype=torch.uint8), torch.full((32, 64), 127, dtype=torch.int8)
-            if (_product(states, _pack(weight)[0], torch.ones(32)) == most * 127 * 64).all():
+            states = torch.full((32, weight.shape[1]), most, dtype=torch.uint8)
+            exact = most * weight.sum(1)
+            if (_product(states, packed, torch.ones(len(weight))) == exact).all():
                 return most
     except (AttributeError, RuntimeError, TypeError):
         pass
     return 0
 
 
-def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """An int8 weight in oneDNN's order, and the sum of each row."""
-    return torch.ops.onednn.qlinear_prepack(weight, None), weight.sum(1, dtype=torch.float32)
+def _of_neighbours(weight: Tensor) -> Tensor:
+    """The most that two neighbours of one sign come to, the columns `2 j` and `2 j + 1`, in each row."""
+    pairs = nn.functional.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+    return torch.maximum(pairs.clamp(min=0).sum(2), -pairs.clamp(max=0).sum(2)).amax(1)
 
 
-def _quantized(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`levels`, uint8, `step` and `lowest`, `[rows, 1]`, with `rows ~ lowest + step levels`. Their range has zero."""
-    most = most_of_states()
+def _pack(weight: Tensor) -> Packed:
+    """Of an int8 weight."""
+    fits = bool((_of_neighbours(weight) <= 128).all())
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    return Packed(packed, weight.sum(1, dtype=torch.float32), most_of_states(any_weight=not fits))
+
+
+def _quantized(rows: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`levels`, uint8 up to `most`, `step` and `lowest`, `[rows, 1]`, with `rows ~ lowest + step levels`. Their range
+    has zero."""
     lowest = rows.amin(1, keepdim=True).clamp_(max=0)
     step = (rows.amax(1, keepdim=True).clamp_(min=0) - lowest).div_(most).clamp_(min=torch.finfo(rows.dtype).tiny)
     inverse = step.reciprocal()

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from bigbird_plus import bench
-from bigbird_plus.int8 import Int8Linear, most_of_states
+from bigbird_plus.int8 import Int8Linear, has_int8
 
 MIB = 2**20
 BUILT_IN, DENSE = "built-in BigBird", "dense sdpa"
@@ -89,7 +89,7 @@ def test_contestants_run(name, train):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.skipif(not most_of_states(), reason="this torch has no oneDNN operators for integers")
+@pytest.mark.skipif(not has_int8(), reason="this torch has no oneDNN operators for integers")
 def test_int8_takes_part_where_it_runs(monkeypatch):
     """Among whole models in inference on a CPU, in float32; not without torch's operators."""
     assert bench.Settings((1,), models=True).contestants[:2] == ("bigbird_plus", "bigbird_plus, int8")
@@ -98,7 +98,7 @@ def test_int8_takes_part_where_it_runs(monkeypatch):
     others = [{"models": False}, {"train": True}, {"dtype": "bfloat16"}]
     for other in others:
         assert bench.OURS_INT8 not in bench.Settings((1,), **{"models": True, **other}).contestants
-    monkeypatch.setattr(bench, "most_of_states", lambda: 0)
+    monkeypatch.setattr(bench, "has_int8", lambda: False)
     assert bench.OURS_INT8 not in bench.Settings((1,), models=True).contestants
 
 
