@@ -1,7 +1,7 @@
 """`quantize(model)`: the linear layers of encoders in 8 bits. `save_pretrained` and `from_pretrained` keep them, by
 transformers' registry of quantizers (see `auto`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_big_bird import BigBirdConfig
 from .conversion import MODELS, load_tokenizer
-from .int8 import Int8Linear, require_int8
+from .int8 import Int8Linear, require_int8, rounding_error
 from .modeling_big_bird import BigBirdEncoder, BigBirdPreTrainedModel
 from .modeling_bigbird_pegasus import (
     BigBirdPegasusEncoder,
@@ -26,6 +26,8 @@ from .modeling_bigbird_pegasus import (
 
 METHOD = "bigbird_int8"
 
+MOST_ROUNDING_ERROR = 0.025
+"""Of a layer that is turned into int8, see `int8.rounding_error`: 2.5 times what is usual."""
 
 ENCODERS = (BigBirdEncoder, BigBirdPegasusEncoder)
 PEGASUS_MODELS = (
@@ -43,7 +45,8 @@ def quantize(model: AnyModel) -> AnyModel:
 
     Weights are rounded once, with a scale for each output; the states that they meet are rounded as they come, with a
     scale for each token. Nothing is calibrated. Embeddings, heads and the decoder of BigBird-Pegasus stay what they
-    are: those of language models share their weights with embeddings. All but heads is frozen.
+    are: those of language models share their weights with embeddings. So do the few layers of an encoder, in most
+    none, whose weights have outliers that make the rounding too coarse. All but heads is frozen.
 
     Args:
         model: a BigBird or BigBird-Pegasus of this package, with any head, on a CPU.
@@ -60,7 +63,6 @@ def quantize(model: AnyModel) -> AnyModel:
     require_int8(model.device)
     quantizer = BigBirdInt8Quantizer(BigBirdInt8Config(), pre_quantized=False)
     quantizer.preprocess_model(model)
-    model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer  # type: ignore[assignment]  # as transformers does
     quantizer.postprocess_model(model)
     return model
@@ -99,9 +101,15 @@ class BigBirdInt8Config(QuantizationConfigMixin):
     """What `config.json` says of a quantized model. `quantize(from_pretrained(name))` is the same as
     `from_pretrained(name, quantization_config=BigBirdInt8Config())`."""
 
-    def __init__(self, quant_method: str = METHOD):
-        """Without options: `quant_method` is what the file says."""
+    def __init__(self, quant_method: str = METHOD, kept_layers: Sequence[str] = ()):
+        """Without options: these are what the file says.
+
+        Args:
+            quant_method: the name of the method.
+            kept_layers: the linear layers that were not turned into int8 ones, named as in the encoder.
+        """
         self.quant_method = quant_method  # type: ignore[assignment]  # theirs are an enumeration
+        self.kept_layers = list(kept_layers)
 
     def to_diff_dict(self) -> dict:
         """What `repr` shows."""
@@ -130,17 +138,26 @@ class BigBirdInt8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         _check(model)
         if self.pre_quantized:
-            _replace_layers(model, Int8Linear.like)
+            kept = set(self.quantization_config.kept_layers)
+            _replace_layers(model, lambda name, layer: layer if name in kept else Int8Linear.like(layer))
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
-            _replace_layers(model, Int8Linear.of)
+            self.quantization_config = BigBirdInt8Config()  # the one that was given may be for several models
+            _replace_layers(model, self._quantized)
+            model.config.quantization_config = self.quantization_config
         for module in model.modules():
             if isinstance(module, Int8Linear):
                 module.pack()
         model.base_model.requires_grad_(False)
         return model
+
+    def _quantized(self, name: str, layer: nn.Linear) -> nn.Module:
+        if rounding_error(layer) <= MOST_ROUNDING_ERROR:
+            return Int8Linear.of(layer)
+        self.quantization_config.kept_layers.append(name)
+        return layer
 
 
 def _check(model) -> None:
@@ -150,10 +167,11 @@ def _check(model) -> None:
         )
 
 
-def _replace_layers(model: nn.Module, make: Callable[[nn.Linear], Int8Linear]) -> None:
+def _replace_layers(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Puts `make(name, layer)` in the place of each linear layer of encoders."""
     encoders = [module for module in model.modules() if isinstance(module, ENCODERS)]
-    parents = [module for encoder in encoders for module in encoder.modules()]
-    for parent in parents:
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, make(child))
+    layers = [
+        (encoder, name) for encoder in encoders for name, part in encoder.named_modules() if type(part) is nn.Linear
+    ]
+    for encoder, name in layers:
+        encoder.set_submodule(name, make(name, encoder.get_submodule(name)))

@@ -41,7 +41,9 @@ def test_products_are_exact(rows, inputs, outputs, fits):
     weight[0], weight[1] = 127, -127
     if fits:
         even = weight[:, : inputs // 2 * 2].unflatten(1, (-1, 2))  # of one sign each, and 127 or 128 together
-        even[..., 1] = even[..., 0].sign() * (127 + torch.randint(0, 2, even[..., 0].shape) - even[..., 0].long().abs())
+        even[..., 1] = even[..., 0].sign() * (
+            127 + torch.randint(0, 2, even[..., 0].shape) - even[..., 0].long().abs()
+        )
         even[:2] = torch.tensor([[[64]], [[-64]]])
     packed = int8._pack(weight)
     most = packed.most_of_states
@@ -156,6 +158,11 @@ def test_quantized_as_it_is_loaded(tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path, quantization_config=BigBirdInt8Config())
     ids = random_ids(1, 100)
     assert torch.equal(loaded(ids).last_hidden_state, quantize(model)(ids).last_hidden_state)
+    asked = BigBirdInt8Config()
+    for _ in range(2):
+        loaded = AutoModelForMaskedLM.from_pretrained(bigbird_plus.demo_checkpoint(), quantization_config=asked)
+        kept = ["layer.0.attention.self.query", "layer.0.attention.self.key"]
+        assert loaded.config.quantization_config.kept_layers == kept, "few, whose weights have outliers"
 
 
 def test_streamed_layers(monkeypatch):
@@ -176,17 +183,46 @@ def test_activation():
 
 
 def test_fill_mask():
+    """On four random maskings of held-out text."""
     tokenizer = AutoTokenizer.from_pretrained(bigbird_plus.demo_checkpoint())
     model = AutoModelForMaskedLM.from_pretrained(bigbird_plus.demo_checkpoint()).float().eval()
     ids = tokenizer(demo.document(), return_tensors="pt", truncation=True, max_length=2048).input_ids
-    chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15
+    chosen = torch.rand(4, ids.shape[1], generator=torch.Generator().manual_seed(0)) < 0.15
     masked = torch.where(chosen, tokenizer.mask_token_id, ids)
     with torch.no_grad():
         before = model(masked, labels=torch.where(chosen, ids, -100))
         after = quantize(model)(masked, labels=torch.where(chosen, ids, -100))
     agree = (before.logits.argmax(-1) == after.logits.argmax(-1))[chosen]
-    assert agree.float().mean() >= 0.98
-    assert abs(after.loss / before.loss - 1) < 0.005
+    assert agree.float().mean() >= 0.985
+    assert abs(after.loss / before.loss - 1) < 0.001
+
+
+def test_layers_with_outliers(tmp_path):
+    """Those whose weights int8 would spoil stay what they are, and whoever loads the model, or a part of it, knows."""
+    model, ids = make_model("BigBirdForMaskedLM", intermediate_size=512), random_ids(1, 100)
+    output = model.bert.encoder.layer[1].output
+    with torch.no_grad():
+        output.dense.weight.fill_diagonal_(1)
+        expected = model(ids).logits
+        found = quantize(model)(ids).logits
+        assert type(output.dense) is nn.Linear and len(layers(model)) == 11
+        assert 0 < relative_error(found, expected) < 0.1
+        model.save_pretrained(tmp_path)
+        loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        assert torch.equal(loaded(ids).logits, found)
+        assert loaded.config.quantization_config.kept_layers == ["layer.1.output.dense"]
+        assert len(layers(AutoModel.from_pretrained(tmp_path))) == 11
+
+
+@pytest.mark.torch_only
+def test_weights_of_earlier_files():
+    """Their neighbours may not fit, for which the processor may want states of 7 bits."""
+    weight = torch.full((8, 96), 127, dtype=torch.int8)
+    quantized, states = Int8Linear.of(nn.Linear(96, 8, bias=False)), torch.randn(50, 96)
+    quantized.load_state_dict({"weight": weight, "scale": torch.ones(8)})
+    assert relative_error(quantized(states), states @ weight.float().t()) < 0.02
+    assert quantized._packed.most_of_states == int8.most_of_states(any_weight=True)
 
 
 def test_a_head_learns_on_it():
