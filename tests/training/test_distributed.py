@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor.experimental import context_parallel
 
 from bigbird_plus.trainer import ContextParallelTrainer
@@ -146,12 +147,16 @@ def test_deepspeed_configurations_say_what_they_are(stage):
     assert config.get_value("train_micro_batch_size_per_gpu") == "auto"
 
 
-def test_the_sharding_that_is_shown_is_what_accelerate_takes(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_sharding_that_is_shown_is_what_accelerate_takes(version, tmp_path):
     text = (EXAMPLES / "guides" / "multi_gpu.md").read_text(encoding="utf-8")
     shown = re.search(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
     path = tmp_path / "fsdp.yaml"
-    path.write_text(shown, encoding="utf-8")
-    config = load_config_from_file(str(path))
-    assert config.distributed_type == "FSDP"
-    assert config.fsdp_config["fsdp_version"] == 2
-    assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in tiny_model("BigBirdModel")._no_split_modules
+    path.write_text(shown.replace("fsdp_version: 2", f"fsdp_version: {version}"), encoding="utf-8")
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert environment["FSDP_VERSION"] == str(version)
+    assert environment["FSDP_USE_ORIG_PARAMS"] == "true"  # version 1 takes no frozen weights without
+    assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in tiny_model("BigBirdModel")._no_split_modules
