@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor.experimental import context_parallel
 
 from bigbird_plus.trainer import ContextParallelTrainer
@@ -26,7 +27,13 @@ def found_by_two(tmp_path_factory):
     """What the programs of `distributed` found in two real processes that talk through gloo."""
     folder = tmp_path_factory.mktemp("two")
     fresh.run_in_parallel(distributed.run, str(folder))
-    return torch.load(folder / "results.pt")
+    return torch.load(folder / "results.pt") | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def trained_by_one(tmp_path_factory):
+    """What one process finds that trains every head."""
+    return distributed.train_every_head(tmp_path_factory.mktemp("one"))
 
 
 def assert_same_training(found, expected):
@@ -37,30 +44,40 @@ def assert_same_training(found, expected):
 
 
 @pytest.mark.distributed
-def test_data_parallel_training_of_every_head_is_that_of_one_process(found_by_two, tmp_path):
-    found = found_by_two["ddp"]
-    expected = distributed.train_every_head(tmp_path / "one")
+def test_data_parallel_training_of_every_head_is_that_of_one_process(found_by_two, trained_by_one):
+    found = found_by_two["data_parallel"]
     assert found.keys() == set(TASK_MODELS)
     for name in TASK_MODELS:
         assert found[name]["processes"] == 2
-        assert_same_training(found[name], expected[name])
+        assert_same_training(found[name], trained_by_one[name])
 
 
 @pytest.mark.distributed
-def test_sharded_training_is_that_of_one_process(found_by_two):
-    found = found_by_two["fsdp"]
-    assert found["processes"] == 2
+@pytest.mark.parametrize("name", distributed.WORD_MODELS)
+def test_sharded_training_is_that_of_one_process(name, found_by_two):
+    found = found_by_two["fully_sharded"][name]
     assert found["units"].count("FSDPBigBirdLayer") == 2  # both layers, and the model around them
     assert len(found["units"]) == 3
     assert found["sharded"]
-    model = tiny_model(distributed.SHARDED)
-    losses = distributed.train_by_hand(model)
+    model = tiny_model(name)
+    losses = distributed.train_by_hand(model, name)
     assert_same_training(found, {"losses": losses, "weights": model.state_dict()})
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("name", distributed.WORD_MODELS)
+def test_sharded_training_by_accelerate_is_that_of_one_process(name, found_by_two, trained_by_one):
+    found, expected = found_by_two["sharded_by_accelerate"][name], trained_by_one[name]
+    assert found["processes"] == 2
+    assert sorted(found["units"]) == sorted(["BigBirdLayer", "BigBirdLayer", name])
+    assert_same_training(found, expected)
+    saved = type(tiny_model(name)).from_pretrained(found_by_two["folder"] / "sharded_by_accelerate" / name)
+    assert_same_training(found | {"weights": saved.state_dict()}, expected)
+
+
+@pytest.mark.distributed
 def test_training_on_shared_documents_is_that_of_one_process(found_by_two, tmp_path):
-    found, expected = found_by_two["shared"], distributed.train_shared(tmp_path / "one")
+    found, expected = found_by_two["shared_documents"], distributed.train_shared(tmp_path / "one")
     assert_same_training(found, expected)
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-4)
     assert [text.split()[0] for text in found["refused"]] == ["compute_metrics", "label_smoothing_factor"]
@@ -130,12 +147,16 @@ def test_deepspeed_configurations_say_what_they_are(stage):
     assert config.get_value("train_micro_batch_size_per_gpu") == "auto"
 
 
-def test_the_sharding_that_is_shown_is_what_accelerate_takes(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_sharding_that_is_shown_is_what_accelerate_takes(version, tmp_path):
     text = (EXAMPLES / "guides" / "multi_gpu.md").read_text(encoding="utf-8")
     shown = re.search(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
     path = tmp_path / "fsdp.yaml"
-    path.write_text(shown, encoding="utf-8")
-    config = load_config_from_file(str(path))
-    assert config.distributed_type == "FSDP"
-    assert config.fsdp_config["fsdp_version"] == 2
-    assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in tiny_model("BigBirdModel")._no_split_modules
+    path.write_text(shown.replace("fsdp_version: 2", f"fsdp_version: {version}"), encoding="utf-8")
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert environment["FSDP_VERSION"] == str(version)
+    assert environment["FSDP_USE_ORIG_PARAMS"] == "true"  # version 1 takes no frozen weights without
+    assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in tiny_model("BigBirdModel")._no_split_modules
