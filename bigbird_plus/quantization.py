@@ -25,7 +25,6 @@ from .modeling_bigbird_pegasus import (
 )
 
 METHOD = "bigbird_int8"
-
 MOST_ROUNDING_ERROR = 0.025
 """Of a layer that is turned into int8, see `int8.rounding_error`: 2.5 times what is usual."""
 
@@ -44,9 +43,9 @@ def quantize(model: AnyModel) -> AnyModel:
     """Turn the linear layers of a model's encoder into int8 ones, in place, for inference on a CPU.
 
     Weights are rounded once, with a scale for each output; the states that they meet are rounded as they come, with a
-    scale for each token. Nothing is calibrated. Embeddings, heads and the decoder of BigBird-Pegasus stay what they
-    are: those of language models share their weights with embeddings. So do the few layers of an encoder, in most
-    none, whose weights have outliers that make the rounding too coarse. All but heads is frozen.
+    scale for each token. Nothing is calibrated. Layers whose weights have outliers, which make the rounding too
+    coarse, stay what they are. So do embeddings, the decoder of BigBird-Pegasus, and heads: those of language models
+    share their weights with embeddings. All but heads is frozen.
 
     Args:
         model: a BigBird or BigBird-Pegasus of this package, with any head, on a CPU.
@@ -119,6 +118,8 @@ class BigBirdInt8Config(QuantizationConfigMixin):
 class BigBirdInt8Quantizer(HfQuantizer):
     """What `from_pretrained` calls before and after it loads weights."""
 
+    quantization_config: BigBirdInt8Config
+
     def validate_environment(self, *args, **kwargs):
         """Raises a ValueError where torch lacks the operators."""
         require_int8(torch.device("cpu"))
@@ -171,7 +172,10 @@ def _replace_layers(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module
     """Puts `make(name, layer)` in the place of each linear layer of encoders."""
     encoders = [module for module in model.modules() if isinstance(module, ENCODERS)]
     layers = [
-        (encoder, name) for encoder in encoders for name, part in encoder.named_modules() if type(part) is nn.Linear
+        (encoder, name, part)
+        for encoder in encoders
+        for name, part in encoder.named_modules()
+        if type(part) is nn.Linear
     ]
-    for encoder, name in layers:
-        encoder.set_submodule(name, make(name, encoder.get_submodule(name)))
+    for encoder, name, layer in layers:
+        encoder.set_submodule(name, make(name, layer))
