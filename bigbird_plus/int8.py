@@ -202,11 +202,11 @@ def most_of_states(any_weight: bool) -> int:
 
 def rounding_error(layer: nn.Linear) -> float:
     """What its weight loses in int8, relative in norm: 0.01 where its numbers are spread as those of a normal
-    distribution, and more where a row has outliers, which widen its scale."""
+    distribution, more where a row has outliers, which widen its scale, and 0 where all are zero."""
     weight = layer.weight.detach()
     rounded, scale = _rounded(weight)
     weight = weight.float()
-    return ((rounded * scale[:, None].float() - weight).norm() / weight.norm()).item()
+    return ((rounded * scale[:, None].float() - weight).norm() / weight.norm().clamp(min=1e-30)).item()
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -216,6 +216,13 @@ def test_layers_with_outliers(tmp_path):
 
 
 @pytest.mark.torch_only
+def test_weights_of_zeros_lose_nothing():
+    layer = nn.Linear(24, 40)
+    nn.init.zeros_(layer.weight)
+    assert int8.rounding_error(layer) == 0
+
+
+@pytest.mark.torch_only
 def test_weights_of_earlier_files():
     """Their neighbours may not fit, for which the processor may want states of 7 bits."""
     weight = torch.full((8, 96), 127, dtype=torch.int8)
