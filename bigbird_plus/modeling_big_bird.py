@@ -901,10 +901,15 @@ class BigBirdPreTrainedModel(PreTrainedModel):
         self.config.attention_type = value
 
 
+TORCHS_ATTENTION = nn.functional.scaled_dot_product_attention
+
+
 def refuse_context_parallel() -> None:
     """Raises a `ValueError` within torch's `context_parallel`, which gives each process a part of every document. It
     puts a function of its own into the place of `scaled_dot_product_attention`."""
     attention = nn.functional.scaled_dot_product_attention
+    if attention is TORCHS_ATTENTION:  # of which torch.compile knows no module
+        return
     if str(getattr(attention, "__module__", "")).startswith("torch.distributed."):
         raise ValueError(
             "torch's context_parallel splits documents over processes, and BigBird would read each part as a document "
